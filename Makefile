@@ -1,0 +1,72 @@
+# `make demo` and `make test` need Python 3.11 or newer and nothing else: both first make .venv and install into it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Arguments for the demo or for pytest: make demo ARGS="--steps 50 --blocks 8"; make test ARGS="-k op -x"
+ARGS ?=
+# The interpreter of `make test-gpu`.
+PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+# The interpreter that makes .venv: the first one here that is new enough and can.
+BOOTSTRAP ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.14 python; do \
+	"$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { echo "$$python"; break; }; done)
+
+.PHONY: help install demo test test-gpu check format bench clean
+
+help:
+	@echo 'make demo      train a small Llama plain and rewritten, export it; options in ARGS="--steps 50"'
+	@echo 'make test      run the tests; options for pytest in ARGS="-k op"'
+	@echo 'make test-gpu  run the tests that need CUDA, with PYTHON=... (now: $(PYTHON))'
+	@echo 'make check     ruff, ruff format and mypy --strict'
+	@echo 'make format    let ruff rewrite what it can'
+	@echo 'make bench     run benchmarks/'
+	@echo 'make clean     remove .venv, caches and builds'
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || test -n "$(BOOTSTRAP)" || { echo "No Python 3.11 or newer with the venv module" \
+		"was found; name one: make BOOTSTRAP=/path/to/python3" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "Making $(VENV) with $(BOOTSTRAP)"; "$(BOOTSTRAP)" -m venv $(VENV); }
+	@echo "Installing into $(VENV) (torch is large: the first time takes some minutes)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/attnres demo $(ARGS)
+
+# One thread a worker, and no pool of compile workers beside pytest's own: the cores are taken already.
+test: export OMP_NUM_THREADS ?= 1
+test: export TORCHINDUCTOR_COMPILE_THREADS ?= 1
+test: $(STAMP)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m 'not gpu' $(ARGS)
+
+test-gpu:
+	@if "$(PYTHON)" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+		PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" "$(PYTHON)" -m pytest -m gpu $(ARGS); \
+	else \
+		echo "$(PYTHON) has no torch that sees a CUDA device: no GPU test was run (PYTHON=... names another)"; \
+	fi
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict attnres_rewrite
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/op.py
+	$(BIN)/python benchmarks/end_to_end.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache torch_compile_debug
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,133 @@
+"""The anchor: how the parameters of a rewritten model reach the graph, and why a plain run is an error.
+
+The forward of an owner calls the anchor with the site parameters before it runs its layers. In a graph
+that Dynamo captures the parameters thereby are ordinary inputs, with guards and gradients; the backend
+reads them off the anchor's node and deletes it. Executed by anything else, the anchor raises.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.errors import NotRewrittenError
+from attnres_rewrite.graph import module_path
+from attnres_rewrite.passes.insert_attnres import SiteParameters
+
+
+@dataclasses.dataclass(frozen=True)
+class AnchorSpec:
+    """What an anchor says of its owner.
+
+    Attributes:
+        owner: Name of the owner module in the model that was rewritten.
+        sites: Number of sites of each of its streams, in graph order.
+        blocks: Number of blocks of each, or ``"full"``.
+        config: The configuration of the rewrite.
+    """
+
+    owner: str
+    sites: tuple[int, ...]
+    blocks: tuple[int | str, ...]
+    config: AttnResConfig
+
+    def to_json(self) -> str:
+        """This specification as one line of JSON."""
+        fields = {"owner": self.owner, "sites": self.sites, "blocks": self.blocks}
+        return json.dumps({**fields, "config": self.config.to_json()})
+
+    @classmethod
+    def from_json(cls, text: str) -> AnchorSpec:
+        """The specification that :meth:`to_json` wrote."""
+        fields = json.loads(text)
+        config = AttnResConfig.from_json(fields["config"])
+        return cls(fields["owner"], tuple(fields["sites"]), tuple(fields["blocks"]), config)
+
+
+# The token is declared as mutated so that no compiler may drop the call: a compiler that does not know
+# the anchor must keep it, run it, and so fail.
+@torch.library.custom_op("attnres::anchor", mutates_args=("token",))
+def anchor(token: Tensor, parameters: Sequence[Tensor], spec: str) -> None:
+    """Mark where the forward of an owner begins; raises :class:`NotRewrittenError` when executed."""
+    raise NotRewrittenError(not_rewritten_message(AnchorSpec.from_json(spec).owner))
+
+
+@anchor.register_fake
+def _(token: Tensor, parameters: Sequence[Tensor], spec: str) -> None:
+    return None
+
+
+def not_rewritten_message(owner: str) -> str:
+    """What to tell someone who is about to run the owner's layers with plain residuals."""
+    return (
+        f"module {owner or '(root)'!r} was rewritten to Attention Residuals, which run through torch.compile with the "
+        "backend of this package, but its layers are being run without it: with torch.compile switched off "
+        "(TORCH_COMPILE_DISABLE=1), past Dynamo's recompile limit, with another backend, or by a tracer "
+        '(torch.jit.trace, torch.export, torch.onnx.export). Call the model itself, or torch.compile(model, backend="attnres"); '
+        "to export, rewrite the ExportedProgram or use attnres_rewrite.export_onnx; for plain residuals on purpose, "
+        "use attnres_rewrite.disabled(model)"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Anchor:
+    """An anchor in a captured graph.
+
+    Attributes:
+        node: Its node.
+        path: Path of the owner in this graph.
+        spec: What it says of the owner.
+        parameters: The nodes of the site parameters, one entry a site.
+    """
+
+    node: Node
+    path: str
+    spec: AnchorSpec
+    parameters: tuple[SiteParameters, ...]
+
+    @property
+    def sites(self) -> tuple[int, ...]:
+        """Number of sites of each stream of the owner."""
+        return self.spec.sites
+
+    @property
+    def config(self) -> AttnResConfig:
+        """The configuration of the rewrite."""
+        return self.spec.config
+
+    def config_of(self, stream: int) -> AttnResConfig:
+        """The configuration for one of the owner's streams."""
+        blocks: Any = self.spec.blocks[stream]
+        return dataclasses.replace(self.config, blocks=blocks, streams=None)
+
+    def owns(self, owner: str, others: Sequence[str]) -> bool:
+        """Whether the stream in module ``owner`` is this anchor's, given the paths of the other anchors."""
+
+        def contains(path: str) -> bool:
+            return not path or owner == path or owner.startswith(path + ".")
+
+        return contains(self.path) and not any(contains(o) and len(o) > len(self.path) for o in others)
+
+
+def anchors_of(module: GraphModule) -> list[Anchor]:
+    """The anchors in ``module``, in graph order."""
+    return [_read(n) for n in module.graph.nodes if n.target is torch.ops.attnres.anchor.default]
+
+
+def _read(node: Node) -> Anchor:
+    _, nodes, text = node.args
+    spec = AnchorSpec.from_json(str(text))
+    assert isinstance(nodes, (list, tuple))
+    step = 2 if spec.config.key_gain else 1
+    parameters = tuple(
+        SiteParameters(nodes[i], nodes[i + 1] if spec.config.key_gain else None)  # type: ignore[arg-type]
+        for i in range(0, len(nodes), step)
+    )
+    return Anchor(node, module_path(node), spec, parameters)

@@ -1,0 +1,231 @@
+"""The verbs on a whole model: rewrite, explain, disabled, undo, attnres_parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from attnres_rewrite.anchor import AnchorSpec
+from attnres_rewrite.backend import AttnResBackend, plain_residuals_wanted
+from attnres_rewrite.capture import ExampleInputs, capture, example_call
+from attnres_rewrite.config import AttnResConfig, Blocks
+from attnres_rewrite.errors import AttnResError, UnsupportedResidualError
+from attnres_rewrite.exported import rewrite_exported
+from attnres_rewrite.graph_module import rewrite_graph_module, with_metadata
+from attnres_rewrite.live import LiveState, install, live_forwards, uninstall
+from attnres_rewrite.pipeline import Analysis, analyse
+from attnres_rewrite.report import Report, make_report
+from attnres_rewrite.streams import StreamPlan
+
+ModelT = TypeVar("ModelT", nn.Module, ExportedProgram, GraphModule)
+
+
+def rewrite(
+    model: ModelT,
+    blocks: Blocks | None = None,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    config: AttnResConfig | None = None,
+    backend: str | Callable[..., Any] = "inductor",
+    **compile_options: Any,
+) -> ModelT:
+    """Replace the residual streams of ``model`` by Block Attention Residuals (arXiv:2603.15031).
+
+    An ``nn.Module`` is rewritten in place and returned: it gets parameters
+    ``<owner>.attn_res.<i>.query`` and ``.gain`` (``[D]``, the dtype and device of the owner), and from
+    then on runs through ``torch.compile``. An ``ExportedProgram`` or a ``GraphModule`` is left alone and
+    a rewritten one returned.
+
+    Args:
+        model: A pre-norm transformer, before training.
+        blocks: Number N of blocks of whole layers, ``"full"``, or a mapping from owner name to either.
+            Default 8, or what ``config`` says.
+        example_inputs: Inputs that the model runs on (a mapping: keyword arguments; a tuple:
+            positional; a tensor: one positional argument). Left out, they are made from the model where
+            it says what it takes.
+        config: Everything else that can be chosen; see :class:`AttnResConfig`.
+        backend: What compiles the rewritten graphs of an ``nn.Module``: ``"inductor"``,
+            ``"aot_eager"``, ``"eager"``, another backend's name, or a callable.
+        **compile_options: Passed on to ``torch.compile`` (``mode``, ``options``, ``dynamic``,
+            ``fullgraph``); for an ``nn.Module`` only.
+
+    Returns:
+        The rewritten model, of the same kind as ``model``.
+
+    Raises:
+        NoResidualStreamError: No residual stream was found.
+        UnsupportedResidualError: The residuals are of a kind that is refused, or already rewritten.
+        GraphBreakError: A graph break lies between the layers.
+        BlockPartitionError: The layers cannot be grouped as asked.
+        ExampleInputsError: The example inputs are missing or do not fit.
+        TypeError: ``model`` is of another kind. After any error the model is as it was.
+    """
+    config = resolve_config(blocks, config)
+    if isinstance(model, ExportedProgram):
+        _refuse_compile_options(backend, compile_options)
+        return rewrite_exported(model, config)
+    if isinstance(model, GraphModule):
+        _refuse_compile_options(backend, compile_options)
+        return rewrite_graph_module(model, config, example_inputs)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"rewrite takes an nn.Module, an ExportedProgram or a GraphModule, not {type(model).__name__}"
+        )
+    return _rewrite_live(model, config, example_inputs, backend, compile_options)
+
+
+def resolve_config(blocks: Blocks | None, config: AttnResConfig | None) -> AttnResConfig:
+    """The configuration that ``blocks`` and ``config`` mean together; ``blocks`` wins where given."""
+    config = config or AttnResConfig()
+    return config if blocks is None else dataclasses.replace(config, blocks=blocks)
+
+
+def _refuse_compile_options(backend: object, options: dict[str, Any]) -> None:
+    if backend != "inductor" or options:
+        given = [*options, *(["backend"] if backend != "inductor" else [])]
+        raise TypeError(f"{', '.join(given)}: only for an nn.Module; a graph is returned and not compiled")
+
+
+def _rewrite_live(
+    model: nn.Module,
+    config: AttnResConfig,
+    example_inputs: ExampleInputs | None,
+    backend: str | Callable[..., Any],
+    compile_options: dict[str, Any],
+) -> nn.Module:
+    known = {"mode", "options", "dynamic", "fullgraph"}
+    if not set(compile_options) <= known:
+        raise TypeError(f"rewrite got unknown options {sorted(set(compile_options) - known)}; known: {sorted(known)}")
+    analysis = analyse_module(model, config, example_inputs)
+    owners = _owners(model, analysis)
+    taken = {name for plans in owners.values() for name in (p.stream.owner for p in plans)}
+    plain = tuple(name for name in analysis.found if name not in taken)
+    mode, options = compile_options.pop("mode", None), compile_options.pop("options", None)
+    attnres = AttnResBackend(backend, mode=mode, options=options, plain_streams=plain)
+    specs = [_spec(owner, plans, config) for owner, plans in owners.items()]
+    widths = [[p.stream.width for p in plans for _ in p.stream.branches] for plans in owners.values()]
+    install(model, specs, widths, LiveState(attnres, compile_options))
+    return model
+
+
+def analyse_module(model: nn.Module, config: AttnResConfig, example_inputs: ExampleInputs | None) -> Analysis:
+    """The plan for an ``nn.Module``, which is captured and not changed."""
+    rewritten = [name for name, _ in live_forwards(model)]
+    if rewritten:
+        raise UnsupportedResidualError(
+            f"the model already has Attention Residuals, in module {rewritten[0] or '(root)'!r}: undo(model) takes "
+            "them out, then it can be rewritten again"
+        )
+    with plain_residuals_wanted():
+        module = capture(model, example_call(model, example_inputs))
+    return analyse(module, config)
+
+
+def _owners(model: nn.Module, analysis: Analysis) -> dict[str, list[StreamPlan]]:
+    """The modules that hold the parameters, with their streams."""
+    owners: dict[str, list[StreamPlan]] = {}
+    for plan in analysis.plans:
+        name = plan.stream.owner
+        # The forward of a Sequential runs all its children, so it cannot hold parameters in one.
+        while isinstance(model.get_submodule(name), (nn.Sequential, nn.ModuleList)) and name:
+            name = name.rpartition(".")[0]
+        owner = model.get_submodule(name)
+        if isinstance(owner, nn.Sequential):
+            raise UnsupportedResidualError(
+                "the whole model is an nn.Sequential, whose forward runs every child, so it cannot hold the AttnRes "
+                "parameters: put it into a module with a forward of its own"
+            )
+        if hasattr(owner, "attn_res"):
+            raise UnsupportedResidualError(
+                f"module {name or '(root)'!r} already has an attribute attn_res: rename it, the parameters go there"
+            )
+        owners.setdefault(name, []).append(plan)
+    return owners
+
+
+def _spec(owner: str, plans: list[StreamPlan], config: AttnResConfig) -> AnchorSpec:
+    sites = tuple(len(plan.stream.branches) for plan in plans)
+    blocks = tuple(config.blocks_of(plan.stream.owner) for plan in plans)
+    return AnchorSpec(owner, sites, blocks, dataclasses.replace(config, blocks=1, streams=None))
+
+
+def explain(
+    model: nn.Module | ExportedProgram | GraphModule,
+    blocks: Blocks | None = None,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    config: AttnResConfig | None = None,
+) -> Report:
+    """What :func:`rewrite` would do to ``model``, which is not changed; ``print`` shows it as a table.
+
+    The arguments and errors are those of :func:`rewrite`.
+    """
+    config = resolve_config(blocks, config)
+    if isinstance(model, ExportedProgram):
+        return make_report(analyse(model.graph_module, config), config, sum(p.numel() for p in model.parameters()))
+    parameters = sum(p.numel() for p in model.parameters())
+    if isinstance(model, GraphModule):
+        return make_report(analyse(with_metadata(model, example_inputs), config), config, parameters)
+    return make_report(analyse_module(model, config, example_inputs), config, parameters)
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the context ``model`` runs its plain residual path, as if it had not been rewritten.
+
+    Raises:
+        AttnResError: ``model`` is not a rewritten ``nn.Module``.
+    """
+    states = {id(forward.state): forward.state for _, forward in require_live(model, "disabled")}
+    before = {key: state.enabled for key, state in states.items()}
+    for state in states.values():
+        state.enabled = False
+    try:
+        with plain_residuals_wanted():
+            yield model
+    finally:
+        for key, state in states.items():
+            state.enabled = before[key]
+
+
+def undo(model: nn.Module) -> nn.Module:
+    """Take the rewrite out of ``model`` again, in place: parameters, wrapped forwards, compilation.
+
+    Raises:
+        AttnResError: ``model`` is not a rewritten ``nn.Module``.
+    """
+    require_live(model, "undo")
+    uninstall(model)
+    return model
+
+
+def attnres_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name and parameter of every pseudo-query and key gain ``[D]``, for optimizer groups.
+
+    Like the gains of norms they usually get no weight decay. Works on every form that has parameters:
+    a rewritten ``nn.Module``, and a rewritten ``GraphModule`` or the module of an ``ExportedProgram``.
+    """
+    for name, parameter in model.named_parameters():
+        *_, container, index, leaf = ("", "", *name.rsplit(".", 3))
+        if container == "attn_res" and index.isdigit() and leaf in ("query", "gain"):
+            yield name, parameter
+
+
+def require_live(model: object, verb: str) -> list[tuple[str, Any]]:
+    """The live forwards of ``model``; an error that names ``verb`` if it has none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{verb} takes a rewritten nn.Module, not {type(model).__name__}")
+    found = list(live_forwards(model))
+    if not found:
+        raise AttnResError(
+            f"{verb}: this {type(model).__name__} was not rewritten in place; call rewrite(model, blocks=8) first"
+        )
+    return found
+
+

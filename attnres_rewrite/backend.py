@@ -1,0 +1,158 @@
+"""The ``torch.compile`` backend ``"attnres"``: the passes as seen from Dynamo's side."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch.fx import GraphModule, Node
+
+from attnres_rewrite import _compat
+from attnres_rewrite.anchor import Anchor, anchors_of
+from attnres_rewrite.errors import AttnResError, GraphBreakError, NotRewrittenError
+from attnres_rewrite.passes import GroupLayers, SiteParameters
+from attnres_rewrite.pipeline import find_streams, insert
+from attnres_rewrite.graph import source_line
+from attnres_rewrite.streams import ResidualStream, StreamPlan
+
+_plain_residuals_wanted = contextvars.ContextVar("attnres_plain_residuals_wanted", default=False)
+
+
+class AttnResBackend:
+    """A ``torch.compile`` backend that inserts Block AttnRes and hands the graph to another backend.
+
+    The parameters and the configuration are those that :func:`attnres_rewrite.rewrite` gave the model;
+    they reach the graph through its anchors. ``torch.compile(model, backend="attnres")`` is this class
+    with its defaults.
+
+    Args:
+        inner: What compiles the rewritten graph: ``"inductor"``, ``"aot_eager"``, ``"eager"``, another
+            registered backend, or a callable ``(GraphModule, inputs) -> callable``.
+        mode: Inductor's mode, as in ``torch.compile(mode=...)``.
+        options: Inductor's options, as in ``torch.compile(options=...)``; for another inner backend,
+            passed to it as ``options=``.
+        plain_streams: Owner modules whose streams stay plain residuals on purpose.
+    """
+
+    def __init__(
+        self,
+        inner: str | Callable[..., Any] = "inductor",
+        *,
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+        plain_streams: tuple[str, ...] = (),
+    ) -> None:
+        if not (isinstance(inner, str) or callable(inner)):
+            raise TypeError(f"inner must be a backend's name or a callable, not {type(inner).__name__}")
+        self.inner, self.mode, self.options, self.plain_streams = inner, mode, options, plain_streams
+        self.__name__ = "attnres"
+
+    def __call__(self, module: GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
+        """Rewrite ``module`` and compile it with the inner backend.
+
+        An :class:`AttnResError` is raised when the compiled graph is called and not here, because
+        Dynamo would wrap it in an error of its own, or drop it and run the plain model.
+        """
+        try:
+            rewrite_captured(module, self.plain_streams)
+        except AttnResError as error:
+            return _raiser(error)
+        return self._compile(module, inputs, **options)
+
+    def _compile(self, module: GraphModule, inputs: list[Any], **given: Any) -> Callable[..., Any]:
+        mode = given.get("mode", self.mode)
+        options = given.get("options", self.options)
+        if self.inner == "inductor":
+            compiled: Callable[..., Any] = _compat.inductor_compile(module, inputs, mode, options)
+            return compiled
+        inner = _compat.lookup_backend(self.inner) if isinstance(self.inner, str) else self.inner
+        extra = {key: value for key, value in (("mode", mode), ("options", options)) if value}
+        compiled = inner(module, inputs, **extra)
+        return compiled
+
+
+def attnres_backend(module: GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
+    """The backend registered as ``"attnres"``: :class:`AttnResBackend` over Inductor."""
+    return AttnResBackend()(module, inputs, **options)
+
+
+@contextlib.contextmanager
+def plain_residuals_wanted() -> Iterator[None]:
+    """While active, a graph without anchors is compiled as it is, even if it has a residual stream."""
+    token = _plain_residuals_wanted.set(True)
+    try:
+        yield
+    finally:
+        _plain_residuals_wanted.reset(token)
+
+
+def rewrite_captured(module: GraphModule, plain_streams: tuple[str, ...] = ()) -> int:
+    """Rewrite, in place, the streams of the anchors in a graph that Dynamo captured.
+
+    Returns:
+        The number of sites inserted; 0 for a graph that has nothing to do with a residual stream.
+
+    Raises:
+        GraphBreakError: The graph holds only a part of an anchored stream.
+        NotRewrittenError: The graph has a residual stream, but its model was never rewritten.
+    """
+    anchors = anchors_of(module)
+    if not anchors:
+        _refuse_plain_streams(module, plain_streams)
+        return 0
+    streams = find_streams(module).streams
+    sites = 0
+    for anchor in anchors:
+        others = [other.path for other in anchors if other is not anchor]
+        plans = _plans(module, anchor, [s for s in streams if anchor.owns(s.owner, others)])
+        parameters = iter(anchor.parameters)
+
+        def take(plan: StreamPlan, parameters: Iterator[SiteParameters] = parameters) -> list[SiteParameters]:
+            return [next(parameters) for _ in plan.stream.branches]
+
+        sites += sum(map(len, insert(module, plans, take, anchor.config)))
+        module.graph.erase_node(anchor.node)
+    module.recompile()
+    return sites
+
+
+def _plans(module: GraphModule, anchor: Anchor, streams: list[ResidualStream]) -> list[StreamPlan]:
+    found = tuple(len(stream.branches) for stream in streams)
+    if found != anchor.sites:
+        last = f"; the last add seen is at {source_line(streams[-1].branches[-1].value)}" if streams else ""
+        broken = _compat.last_graph_break()
+        raise GraphBreakError(
+            f"module {anchor.spec.owner or '(root)'!r} was rewritten with {sum(anchor.sites)} AttnRes sites, but the "
+            f"compiler sees {sum(found)} of them in one graph{last}. No part of the stream may run alone. Usual "
+            "causes: a graph break between layers, DistributedDataParallel's optimize_ddp (set "
+            "torch._dynamo.config.optimize_ddp = False), or torch.compile on single layers (compile the whole "
+            "model instead)." + (f" Dynamo's last graph break: {broken}" if broken else "")
+        )
+    configs = [anchor.config_of(i) for i in range(len(streams))]
+    return [GroupLayers()(module, s, c) for s, c in zip(streams, configs, strict=True)]
+
+
+def _refuse_plain_streams(module: GraphModule, plain_streams: tuple[str, ...]) -> None:
+    if _plain_residuals_wanted.get():
+        return
+    for stream in find_streams(module).streams:
+        if any(stream.owner == name or stream.owner.endswith("." + name) for name in plain_streams):
+            continue
+        where = source_line(stream.branches[0].value)
+        raise NotRewrittenError(
+            f"this graph has a residual stream of {len(stream.branches)} branch outputs, the first at {where}, "
+            'but no AttnRes parameters. Call rewrite(model, blocks=8) before torch.compile(model, backend="attnres"); '
+            "if the model is rewritten already, a graph break separates these layers from the start of its forward"
+        )
+
+
+def _raiser(error: AttnResError) -> Callable[..., NoReturn]:
+    def fail(*_: Any) -> NoReturn:
+        raise type(error)(*error.args)
+
+    return fail
+
+

@@ -1,0 +1,34 @@
+"""The errors that users can meet, each with what was found, where, and what to do next."""
+
+from __future__ import annotations
+
+
+class AttnResError(RuntimeError):
+    """Base class of every error that this package raises on purpose."""
+
+
+class NoResidualStreamError(AttnResError):
+    """The traced graph holds no chain ``x = x + f(x)`` that runs over at least two sublayers."""
+
+
+class UnsupportedResidualError(AttnResError):
+    """A residual stream was found, but of a kind for which Attention Residuals are not defined.
+
+    Post-norm, a stream gated by its input, and a model that already has AttnRes are such kinds.
+    """
+
+
+class GraphBreakError(AttnResError):
+    """The compiler saw only a part of a residual stream, so no part of it may be rewritten."""
+
+
+class NotRewrittenError(AttnResError):
+    """Layers of a rewritten model were about to run with plain residuals, without being asked to."""
+
+
+class BlockPartitionError(AttnResError, ValueError):
+    """The layers that were found cannot be grouped into blocks as the configuration asks."""
+
+
+class ExampleInputsError(AttnResError, ValueError):
+    """The example inputs are missing, or the model does not run on them."""

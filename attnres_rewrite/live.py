@@ -1,0 +1,178 @@
+"""The live form: a module rewritten in place, with its class, its keys and its methods kept.
+
+The owner of a stream gets two things: a child ``attn_res`` that holds the site parameters, and an
+instance attribute ``forward`` that runs the class's forward through the compiler.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnres_rewrite import _compat
+from attnres_rewrite.anchor import AnchorSpec, not_rewritten_message
+from attnres_rewrite.backend import AttnResBackend
+from attnres_rewrite.errors import NotRewrittenError
+
+
+class AttnResSite(nn.Module):
+    """The parameters of one site: pseudo-query ``[D]``, zero at first, and key gain ``[D]``, one at first.
+
+    Args:
+        width: D, the width of the stream.
+        gain: Whether there is a key gain.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self, width: int, *, gain: bool = True, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(width, device=device, dtype=dtype))
+        self.gain = nn.Parameter(torch.ones(width, device=device, dtype=dtype)) if gain else None
+
+    def extra_repr(self) -> str:
+        """The width, for ``print(model)``."""
+        return f"width={self.query.numel()}, gain={self.gain is not None}"
+
+
+class AttnResSites(nn.ModuleList):
+    """All sites of one owner, in depth order, with the token of its anchor."""
+
+    token: Tensor
+
+    def __init__(self, sites: Sequence[AttnResSite]) -> None:
+        super().__init__(sites)
+        device = sites[0].query.device
+        self.register_buffer("token", torch.zeros(1, device=device), persistent=False)
+
+    def flat(self) -> list[Tensor]:
+        """Query and gain of every site, in the order in which the anchor takes them."""
+        return [p for site in self for p in (site.query, site.gain) if p is not None]  # type: ignore[misc]
+
+
+class LiveState:
+    """What all owners of one rewritten model share.
+
+    Attributes:
+        enabled: Whether AttnRes runs; ``disabled(model)`` clears it for a while.
+        backend: The one backend that compiles this model's graphs.
+        options: Further options of ``torch.compile``.
+    """
+
+    def __init__(self, backend: AttnResBackend, options: dict[str, Any]) -> None:
+        self.enabled = True
+        self.backend = backend
+        self.options = options
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, compiled by the backend, with a cache of its own."""
+        compiled: Callable[..., Any] = torch.compile(
+            _compat.with_own_code(function), backend=self.backend, **self.options
+        )
+        return compiled
+
+
+class LiveForward:
+    """The ``forward`` of an owner: announces the site parameters, then runs the class's own forward.
+
+    Called from Python it goes through the compiler; met by Dynamo inside a larger graph it is inlined.
+    A deep copy or an unpickled one compiles anew for its own owner.
+    """
+
+    def __init__(self, owner: nn.Module, spec: AnchorSpec, state: LiveState) -> None:
+        self.owner, self.state = owner, state
+        self.spec = spec.to_json()
+        self.replaced = owner.__dict__.get("forward")
+        self._compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return self.run_layers(*args, **kwargs)
+        if not self.state.enabled:
+            return self.original(*args, **kwargs)
+        if torch.jit.is_tracing() or torch.compiler.is_exporting() or _compat.compile_disabled():
+            raise NotRewrittenError(not_rewritten_message(AnchorSpec.from_json(self.spec).owner))
+        if self._compiled is None:
+            self._compiled = self.state.compile(_run_layers)
+        return self._compiled(self, *args, **kwargs)
+
+    def run_layers(self, *args: Any, **kwargs: Any) -> Any:
+        """The anchor and the original forward, for Dynamo to trace."""
+        if self.state.enabled:
+            sites = self.owner.attn_res
+            torch.ops.attnres.anchor.default(sites.token, sites.flat(), self.spec)
+        return self.original(*args, **kwargs)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward that the owner had before the rewrite."""
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return type(self.owner).forward(self.owner, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # Libraries look at the signature of forward to see which arguments a model takes.
+        return inspect.signature(self.replaced or type(self.owner).forward.__get__(self.owner))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LiveForward:
+        new = object.__new__(LiveForward)
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return new
+
+
+def _run_layers(forward: LiveForward, *args: Any, **kwargs: Any) -> Any:
+    return forward.run_layers(*args, **kwargs)
+
+
+def live_forwards(model: nn.Module) -> Iterator[tuple[str, LiveForward]]:
+    """Name and live forward of every owner in ``model``."""
+    for name, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, LiveForward):
+            yield name, forward
+
+
+def install(
+    model: nn.Module, specs: Sequence[AnchorSpec], widths: Sequence[Sequence[int]], state: LiveState
+) -> None:
+    """Give every owner its parameters and its live forward, and compile the root.
+
+    Args:
+        model: The model, changed in place.
+        specs: One entry an owner.
+        widths: For every owner, the width of every site.
+        state: What the owners share.
+    """
+    for spec, site_widths in zip(specs, widths, strict=True):
+        owner = model.get_submodule(spec.owner)
+        like = next((p for p in owner.parameters() if p.is_floating_point()), None)
+        placing = {"device": like.device, "dtype": like.dtype} if like is not None else {}
+        sites = [AttnResSite(width, gain=spec.config.key_gain, **placing) for width in site_widths]  # type: ignore[arg-type]
+        owner.attn_res = AttnResSites(sites)
+        owner.attn_res.train(owner.training)
+        owner.forward = LiveForward(owner, spec, state)
+    if not any(spec.owner == "" for spec in specs):
+        # What surrounds the owners (embedding, head, loss) is compiled with them as one graph.
+        model.compile(backend=state.backend, **state.options, **_compat.isolated_compile_options())
+
+
+def uninstall(model: nn.Module) -> None:
+    """Take parameters and live forwards out again."""
+    for _, forward in list(live_forwards(model)):
+        owner = forward.owner
+        del owner.forward
+        if forward.replaced is not None:
+            owner.forward = forward.replaced
+        del owner.attn_res
+    model._compiled_call_impl = None

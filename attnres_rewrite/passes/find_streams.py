@@ -1,0 +1,247 @@
+"""Pass 3: which adds make up a residual stream."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os.path
+
+from torch.fx import GraphModule, Node
+
+from attnres_rewrite.errors import AttnResError, NoResidualStreamError, UnsupportedResidualError
+from attnres_rewrite.graph import (
+    carries_data,
+    depends_on,
+    indices,
+    is_float_tensor,
+    module_stack,
+    op_name,
+    source_line,
+    tensor_of,
+)
+from attnres_rewrite.passes.base import Pass, PostconditionError
+from attnres_rewrite.patterns import ResidualAdd, StreamScale, Transparent, through_transparent
+from attnres_rewrite.patterns.base import Rejection
+from attnres_rewrite.patterns.refusal import explain_refusal
+from attnres_rewrite.patterns.residual_add import is_add, is_in_place
+from attnres_rewrite.streams import Branch, Rejected, ResidualStream, Step
+
+_SHAPE_READS = frozenset("size dim numel sym_size zeros_like ones_like empty_like new_zeros new_ones".split())
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamAnalysis:
+    """What :class:`FindStreams` found.
+
+    Attributes:
+        streams: Every residual stream, in graph order.
+        rejected: Every add that was considered and is on no stream, with the reason.
+        refusal: Why there is no stream, where there is none.
+    """
+
+    streams: tuple[ResidualStream, ...]
+    rejected: tuple[Rejected, ...]
+    refusal: AttnResError | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class _Value:
+    """A stream value: the steps that lead to it from ``previous``, ``None`` for a root."""
+
+    node: Node
+    previous: _Value | None = None
+    steps: tuple[Step, ...] = ()
+
+    @functools.cached_property
+    def root(self) -> _Value:
+        return self.previous.root if self.previous is not None else self
+
+    @functools.cached_property
+    def depth(self) -> int:
+        return self.previous.depth + 1 if self.previous is not None else 0
+
+    def path(self) -> list[_Value]:
+        values, value = [], self
+        while value is not None:
+            values.append(value)
+            value = value.previous  # type: ignore[assignment]
+        return values[::-1]
+
+
+class FindStreams(Pass):
+    """Find every chain ``x_{k+1} = x_k + f_k`` by data flow.
+
+    An add extends a stream if exactly one operand is on it and the other depends, through tensor data,
+    on an earlier value of that stream. An add of ``x`` and something that depends on ``x`` starts one.
+    Forks make a tree; the stream is its longest path. A chain that begins and ends inside one branch
+    of another stream is nested, and no stream of its own.
+    """
+
+    def call(self, module: GraphModule) -> StreamAnalysis:
+        """The streams of ``module``, which is not changed."""
+        search = _Search(module)
+        for node in module.graph.nodes:
+            if is_add(node):
+                search.consider(node)
+        streams = search.streams()
+        on_stream = {step.node for stream in streams for branch in stream.branches for step in branch.steps}
+        rejected = tuple(Rejected(n, reason) for n, reason in search.rejected.items() if n not in on_stream)
+        refusal = None
+        if not streams:
+            refusal = _refusal(search, rejected)
+        return StreamAnalysis(tuple(streams), rejected, refusal)
+
+    def ensures(self, module: GraphModule, result: StreamAnalysis) -> None:
+        """No node is a step of two streams."""
+        steps = [step.node for stream in result.streams for branch in stream.branches for step in branch.steps]
+        if len(steps) != len(set(steps)):
+            raise PostconditionError("one add was found on two streams")
+
+    def summary(self, result: StreamAnalysis) -> str:
+        """Counts for the log."""
+        branches = [len(stream.branches) for stream in result.streams]
+        return f"{len(result.streams)} streams with {branches} branches, {len(result.rejected)} adds rejected"
+
+
+class _Search:
+    """The tree of stream values, grown add by add in topological order."""
+
+    def __init__(self, module: GraphModule) -> None:
+        self.index = indices(module.graph)
+        self.values: dict[Node, _Value] = {}
+        self.rejected: dict[Node, str] = {}
+        self._add, self._transparent, self._scale = ResidualAdd(), Transparent(), StreamScale()
+
+    def consider(self, node: Node) -> None:
+        """Extend or start a stream with the add ``node``, or note why not."""
+        match = self._add.match(node)
+        if isinstance(match, Rejection):
+            if all(isinstance(operand, Node) and is_float_tensor(operand) for operand in node.args[:2]):
+                self.rejected[node] = match.reason
+            return
+        if is_in_place(node):
+            self.rejected[node] = "it overwrites a tensor that something else shares"
+            return
+        sides = ((match.left, match.right, match.alpha), (match.right, match.left, 1.0))
+        reasons = []
+        for stream_side, branch, alpha in sides:
+            if stream_side is match.right and match.alpha != 1.0:
+                reasons.append("the stream operand is multiplied by alpha")
+                continue
+            outcome = self._attach(node, stream_side, branch, alpha)
+            if isinstance(outcome, _Value):
+                self.values[node] = outcome
+                return
+            reasons.append(outcome)
+        self.rejected[node] = next((r for r in reasons if "both" in r), "neither operand computes from the other")
+
+    def _attach(self, node: Node, stream_side: Node, branch: Node, alpha: float) -> _Value | str:
+        add = Step("add", node, branch, alpha)
+        origins = self._origins(stream_side)
+        # A value that is known to be on a stream goes before a new root nearer by.
+        for base, scales in sorted(origins, key=lambda origin: origin[0] not in self.values):
+            value = self.values.get(base) or _Value(base)
+            other = self.values.get(through_transparent(branch))
+            if other is not None and other.root is value.root:
+                return "both operands are on the stream"
+            if not self._computes_from(branch, value.root):
+                continue
+            if any(isinstance(s.operand, Node) and self._computes_from(s.operand, value.root) for s in scales):
+                continue
+            self.values.setdefault(base, value)
+            return _Value(node, value, (*scales, add))
+        return "the other operand does not compute from it"
+
+    def _computes_from(self, node: Node, root: _Value) -> bool:
+        def is_value(candidate: Node) -> bool:
+            known = self.values.get(candidate)
+            return candidate is root.node or (known is not None and known.root is root)
+
+        return depends_on(node, is_value, self.index[root.node], self.index)
+
+    def _origins(self, node: Node) -> list[tuple[Node, tuple[Step, ...]]]:
+        """Candidates for the stream value behind ``node``, with the scales in between; nearest first."""
+        scales: tuple[Step, ...] = ()
+        origins = []
+        while True:
+            node = through_transparent(node)
+            origins.append((node, scales))
+            if node in self.values or isinstance(match := self._scale.match(node), Rejection):
+                return origins
+            scales = (Step("scale", node, match.factor), *scales)
+            node = match.source
+
+    def streams(self) -> list[ResidualStream]:
+        """The longest path of every tree, without trees that are nested in a branch of another."""
+        ends: dict[_Value, _Value] = {}
+        for value in self.values.values():
+            # Of two paths of one length the later one wins: it may compute from the other.
+            if value.depth >= ends.get(value.root, value.root).depth:
+                ends[value.root] = value
+        streams = [s for end in ends.values() if (s := self._stream(end.path())) is not None]
+        streams = [s for s in streams if not any(self._nested(s, other) for other in streams if other is not s)]
+        return sorted(streams, key=lambda s: self.index[s.root])
+
+    def chains(self) -> list[list[_Value]]:
+        """All root-to-leaf paths, however short, for explaining a refusal."""
+        parents = {value.previous for value in self.values.values()}
+        return [value.path() for value in self.values.values() if value not in parents and value.previous]
+
+    def _stream(self, path: list[_Value]) -> ResidualStream | None:
+        on_path = {step.node for value in path for step in value.steps}
+        branches, pending = [], []
+        for value in path[1:]:
+            for step in value.steps:
+                pending.append(step)
+                if reads_of(step.node, on_path):
+                    branches.append(Branch(tuple(pending)))
+                    pending = []
+        # A scale needs an add to belong to: scales that are read before the first add stay outside.
+        if len(branches) < 2 or not all(branch.adds for branch in branches):
+            return None
+        root = tensor_of(path[0].node)
+        assert root is not None
+        stacks = [module_stack(add.node) for branch in branches for add in branch.adds]
+        return ResidualStream(common_owner(stacks), path[0].node, tuple(branches), int(root.shape[-1]))
+
+    def _nested(self, inner: ResidualStream, outer: ResidualStream) -> bool:
+        last, index = inner.branches[-1].value, self.index
+        if not self._computes_from(inner.root, self.values[outer.root]):
+            return False
+        following = [s for b in outer.branches for s in b.adds if self.index[s.node] > self.index[last]]
+        operand = following[0].operand if following else None
+        return isinstance(operand, Node) and depends_on(operand, last.__eq__, index[last], index)
+
+
+def reads_of(value: Node, on_path: set[Node]) -> list[Node]:
+    """The nodes that read the stream value, directly or behind transparent operations."""
+    pattern, reads, pending, seen = Transparent(), [], [value], {value}
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user in seen or user in on_path:
+                continue
+            seen.add(user)
+            if isinstance(pattern.match(user), Node):
+                pending.append(user)
+            elif carries_data(user) and op_name(user) not in _SHAPE_READS:
+                reads.append(user)
+    return reads
+
+
+def common_owner(stacks: list[tuple[str, ...]]) -> str:
+    """Path of the deepest module that is in all of the module stacks; ``""`` for the root."""
+    return next(iter(os.path.commonprefix(stacks)[::-1]), "") if stacks else ""
+
+
+def _refusal(search: _Search, rejected: tuple[Rejected, ...]) -> AttnResError:
+    chains = [[step.node for value in path for step in value.steps] for path in search.chains()]
+    roots = [path[0].node for path in search.chains()]
+    found = explain_refusal(roots, chains, search.index)
+    if found is not None:
+        return UnsupportedResidualError(f"{found.reason} (at {source_line(found.node)})")
+    seen = "".join(f"\n  - {source_line(r.node)}: {r.reason}" for r in rejected[:8])
+    return NoResidualStreamError(
+        "no residual stream was found: no chain of adds x = x + f(x) runs over at least two sublayers. "
+        + (f"Adds that were considered:{seen}" if seen else "The traced graph adds no two tensors.")
+    )

@@ -1,0 +1,107 @@
+"""Pass 4: which branch belongs to which layer, and which layer to which block."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from torch.fx import GraphModule, Node
+
+from attnres_rewrite.config import AttnResConfig, partition_layers
+from attnres_rewrite.graph import data_inputs, module_stack, op_name
+from attnres_rewrite.passes.base import Pass, PostconditionError
+from attnres_rewrite.streams import Branch, ResidualStream, StreamPlan
+
+
+class GroupLayers(Pass):
+    """Group a stream's branches into layers and the layers into N contiguous blocks.
+
+    A layer is what the module tree says: the child of the owner that a branch's add ran in or, where
+    the adds are in the owner itself, the child that computed the branch output. Without module
+    metadata it is the period of the graph: the shortest sequence of sublayers that repeats.
+    """
+
+    def call(self, module: GraphModule, stream: ResidualStream, config: AttnResConfig) -> StreamPlan:
+        """The plan for ``stream``; raises BlockPartitionError if the layers cannot be grouped so."""
+        names = _layer_names(stream)
+        layer_of = tuple(itertools.accumulate((a != b for a, b in itertools.pairwise(names)), initial=0))
+        layers = tuple(name for name, _ in itertools.groupby(names))
+        blocks = config.blocks_of(stream.owner)
+        if blocks == "full" and config.layers_per_block is None:
+            block_of = tuple(range(len(names)))
+        else:
+            sizes = partition_layers(
+                len(layers),
+                blocks=blocks if config.layers_per_block is None else None,  # type: ignore[arg-type]
+                layers_per_block=config.layers_per_block,
+            )
+            block_of_layer = [block for block, size in enumerate(sizes) for _ in range(size)]
+            block_of = tuple(block_of_layer[layer] for layer in layer_of)
+        return StreamPlan(stream, layers, layer_of, block_of)
+
+    def ensures(self, module: GraphModule, result: StreamPlan, *inputs: object) -> None:
+        """Blocks are contiguous, none is empty, and no layer is in two of them (unless every branch is one)."""
+        steps = {b - a for a, b in itertools.pairwise(result.block_of)}
+        if result.block_of[0] != 0 or not steps <= {0, 1}:
+            raise PostconditionError(f"blocks are not contiguous: {result.block_of}")
+
+    def summary(self, result: StreamPlan) -> str:
+        """Counts for the log."""
+        return f"stream {result.stream.owner!r}: {len(result.layers)} layers in {result.blocks} blocks"
+
+
+def _layer_names(stream: ResidualStream) -> list[str]:
+    by_add = [_child(stream.owner, module_stack(branch.adds[-1].node)) for branch in stream.branches]
+    by_output = [_child(stream.owner, _output_stack(branch)) for branch in stream.branches]
+    for names in (by_add, by_output):
+        known = [name for name in names if name is not None]
+        if len(set(known)) > 1:
+            return _fill_gaps(names)
+    return _by_period(stream)
+
+
+def _child(owner: str, stack: tuple[str, ...]) -> str | None:
+    """The outermost module of the stack that lies inside the owner."""
+    prefix = owner + "." if owner else ""
+    return next((path for path in stack if path.startswith(prefix) and path != owner), None)
+
+
+def _output_stack(branch: Branch) -> tuple[str, ...]:
+    operand = branch.adds[-1].operand
+    return module_stack(operand) if isinstance(operand, Node) else ()
+
+
+def _fill_gaps(names: Sequence[str | None]) -> list[str]:
+    """An add outside every layer joins the layer before it, or the first one."""
+    filled, current = [], next(name for name in names if name is not None)
+    for name in names:
+        current = name or current
+        filled.append(current)
+    return filled
+
+
+def _by_period(stream: ResidualStream) -> list[str]:
+    values = {stream.root, *(branch.value for branch in stream.branches)}
+    signatures = [_signature(branch, values) for branch in stream.branches]
+    count = len(signatures)
+    period = next(
+        p for p in range(1, count + 1) if all(signatures[i] == signatures[i % p] for i in range(count))
+    )
+    if period == count:
+        # Nothing repeats, so every branch stands for itself.
+        period = 1
+    return [f"layer {i // period}" for i in range(count)]
+
+
+def _signature(branch: Branch, values: set[Node]) -> tuple[str, ...]:
+    """The operators of a branch, in an order that depends on the graph's shape alone."""
+    operands = [add.operand for add in branch.adds if isinstance(add.operand, Node)]
+    seen, names, pending = set(operands), [], operands
+    while pending:
+        node = pending.pop()
+        names.append(op_name(node) if node.op != "call_module" else "call_module")
+        for source in data_inputs(node):
+            if source not in seen and source not in values and source.op not in ("placeholder", "get_attr"):
+                seen.add(source)
+                pending.append(source)
+    return tuple(sorted(names))

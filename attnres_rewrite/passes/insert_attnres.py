@@ -1,0 +1,162 @@
+"""Pass 5: the sums per block, one AttnRes node per site, the old adds gone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch.fx import GraphModule, Node
+
+from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.graph import GraphBuilder, op_name, same_shape, tensor_of
+from attnres_rewrite.passes.base import Pass
+from attnres_rewrite.patterns import Transparent
+from attnres_rewrite.streams import Branch, Step, StreamPlan
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteParameters:
+    """The nodes that hold one site's parameters: pseudo-query ``[D]`` and key gain ``[D]`` or ``None``."""
+
+    query: Node
+    gain: Node | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """What was inserted for one read.
+
+    Attributes:
+        node: The ``block_attn_res`` node.
+        sources: The nodes it attends over.
+        parts: For every source, which terms it sums: 0 is the root b_0, k the k-th branch output f_k.
+    """
+
+    node: Node
+    sources: tuple[Node, ...]
+    parts: tuple[tuple[int, ...], ...]
+
+
+class InsertAttnRes(Pass):
+    """Replace a stream's running sum by Block AttnRes.
+
+    ::
+
+        x_k ──► (+) ──► x_{k+1} ──► reads        f_k ──► (+) ──► partial ─┐
+        f_k ─────┘                               b_0 ... b_{n-1} ─────────┴─► block_attn_res ──► reads
+
+    The sources of a site are b_0, the complete blocks, and the partial unless it is empty: disjoint
+    sums whose total is the old stream value (paper, Block AttnRes). A scale of the stream is applied
+    to every source, over which it distributes.
+    """
+
+    def call(
+        self, module: GraphModule, plan: StreamPlan, parameters: Sequence[SiteParameters], config: AttnResConfig
+    ) -> list[Site]:
+        """Rewrite the stream of ``plan`` in place; ``parameters`` has one entry a site."""
+        assert len(parameters) == len(plan.stream.branches)
+        writer = _Writer(module, plan, config)
+        sites = [writer.branch(k, parameters[k]) for k in range(len(parameters))]
+        writer.remove_old_steps()
+        module.graph.lint()
+        module.recompile()
+        return sites
+
+    def summary(self, result: list[Site]) -> str:
+        """Counts for the log."""
+        return f"{len(result)} sites inserted"
+
+
+class _Writer:
+    """The sources as they stand while the stream is walked from its root to its end."""
+
+    def __init__(self, module: GraphModule, plan: StreamPlan, config: AttnResConfig) -> None:
+        self.plan, self.config = plan, config
+        self.graph, self.build = module.graph, GraphBuilder(module)
+        self.blocks: list[Node] = [plan.stream.root]
+        self.parts: list[tuple[int, ...]] = [(0,)]
+        self.partial: Node | None = None
+        self.partial_parts: tuple[int, ...] = ()
+
+    def branch(self, k: int, parameters: SiteParameters) -> Site:
+        branch = self.plan.stream.branches[k]
+        for step in branch.steps:
+            with self.graph.inserting_before(step.node):
+                self._scale(step) if step.kind == "scale" else self._add(step)
+        self.partial_parts = (*self.partial_parts, k + 1)
+        last_of_block = k + 1 == len(self.plan.block_of) or self.plan.block_of[k + 1] != self.plan.block_of[k]
+        if last_of_block:
+            assert self.partial is not None
+            self.blocks.append(self.partial)
+            self.parts.append(self.partial_parts)
+            self.partial, self.partial_parts = None, ()
+        with self.graph.inserting_before(branch.value):
+            return self._site(branch, parameters)
+
+    def _add(self, step: Step) -> None:
+        assert isinstance(step.operand, Node)
+        term = self._like(step.operand, step.node, self.plan.stream.root)
+        if step.alpha != 1.0:
+            term = self.build.call(aten.mul.Tensor, term, step.alpha, like=step.node)
+        if self.partial is not None:
+            term = self.build.call(aten.add.Tensor, self.partial, term, like=step.node)
+        self.partial = term
+
+    def _scale(self, step: Step) -> None:
+        self.blocks = [self._scaled(step, block) for block in self.blocks]
+        if self.partial is not None:
+            self.partial = self._scaled(step, self.partial)
+
+    def _scaled(self, step: Step, source: Node) -> Node:
+        divides = "div" in op_name(step.node)
+        op = aten.div.Tensor if divides else aten.mul.Tensor
+        return self.build.call(op, source, step.operand, like=step.node)
+
+    def _site(self, branch: Branch, parameters: SiteParameters) -> Site:
+        sources, parts = list(self.blocks), list(self.parts)
+        if self.partial is not None:
+            sources.append(self.partial)
+            parts.append(self.partial_parts)
+        node = self.build.call(
+            torch.ops.attnres.block_attn_res.default,
+            sources,
+            parameters.query,
+            parameters.gain,
+            self.config.eps,
+            self.config.scale,
+            self.config.aggregation == "sum",
+            like=branch.value,
+        )
+        operand = branch.adds[-1].operand
+        assert isinstance(operand, Node)
+        branch.value.replace_all_uses_with(self._like(node, branch.value, operand))
+        return Site(node, tuple(sources), tuple(parts))
+
+    def _like(self, node: Node, dtype_of: Node, shape_of: Node) -> Node:
+        """``node`` in the dtype of one node and the shape of another, with ops only where they differ."""
+        value, typed, shaped = tensor_of(node), tensor_of(dtype_of), tensor_of(shape_of)
+        assert value is not None and typed is not None and shaped is not None
+        if not same_shape(value, shaped):
+            node = self.build.call(aten.view_as.default, node, shape_of, like=dtype_of)
+        if value.dtype != typed.dtype:
+            node = self.build.call(aten.to.dtype, node, typed.dtype, like=dtype_of)
+        return node
+
+    def remove_old_steps(self) -> None:
+        """Erase the old steps, last first; by then nothing computes from them but size queries."""
+        for step in reversed([step for branch in self.plan.stream.branches for step in branch.steps]):
+            inputs = step.node.all_input_nodes
+            if step.node.users:
+                step.node.replace_all_uses_with(inputs[0])
+            self.graph.erase_node(step.node)
+            for node in inputs:
+                self._erase_unused(node)
+
+    def _erase_unused(self, node: Node) -> None:
+        """Erase transparent operations that led to nothing but an old step."""
+        while not node.users and isinstance(source := Transparent().match(node), Node):
+            self.graph.erase_node(node)
+            node = source

@@ -1,0 +1,65 @@
+"""Residual connections that are recognised in order to be refused, each with its own reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.fx import Node
+
+from attnres_rewrite.graph import data_inputs, op_name
+from attnres_rewrite.patterns.base import Rejection
+
+_NORMS = frozenset("layer_norm rms_norm native_layer_norm group_norm batch_norm rsqrt std var".split())
+_MIXERS = frozenset(
+    "linear matmul bmm mm addmm einsum conv1d conv2d conv3d embedding scaled_dot_product_attention baddbmm".split()
+)
+
+
+class PostNorm:
+    """A norm sits on the stream itself, so there is no running sum to attend over.
+
+    ::
+
+        x ─┬─► sublayer ─► (+) ─► norm ─┬─► sublayer ─► (+) ─► norm ─► ...
+           └────────────────┘           └────────────────┘
+
+    Recognised from the root of one chain of adds: it is the normalised end of another chain.
+    """
+
+    name = "post-norm"
+
+    def match(self, root: Node, ends: set[Node], index: dict[Node, int]) -> Node | Rejection:
+        """The norm's last node, if ``root`` is the normalised value of one of the chain ends."""
+        norm, pending, seen = None, [root], {root}
+        while pending and len(seen) < 32:
+            node = pending.pop()
+            if node in ends:
+                return norm or Rejection("the stream is transformed without a norm", root)
+            name = op_name(node)
+            if name in _MIXERS:
+                return Rejection("a sublayer lies between", node)
+            if name in _NORMS or (node.op == "call_module" and "norm" in str(node.target).lower()):
+                norm = node
+            fresh = [n for n in data_inputs(node) if n not in seen]
+            seen.update(fresh)
+            pending.extend(sorted(fresh, key=index.__getitem__))
+        return Rejection("no other chain of adds leads here", root)
+
+
+def explain_refusal(
+    roots: Sequence[Node], chains: Sequence[Sequence[Node]], index: dict[Node, int]
+) -> Rejection | None:
+    """The reason why chains of adds, of which none is a stream, are not one; ``None`` if none applies."""
+    ends = {chain[-1] for chain in chains}
+    pattern = PostNorm()
+    for root in roots:
+        if root in ends:
+            continue
+        outcome = pattern.match(root, ends, index)
+        if isinstance(outcome, Node):
+            return Rejection(
+                "post-norm: a norm sits on the residual stream itself, so the stream is not a sum of branch "
+                "outputs and Attention Residuals are not defined for it. Use a pre-norm variant of the model",
+                outcome,
+            )
+    return None

@@ -1,0 +1,100 @@
+"""Runs the passes in order over one graph: first the analysis, then the rewrite."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from torch.fx import GraphModule
+
+from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.errors import NoResidualStreamError, UnsupportedResidualError
+from attnres_rewrite.graph import op_name, source_line
+from attnres_rewrite.passes import (
+    CheckRewrite,
+    FindStreams,
+    GroupLayers,
+    InlineRegions,
+    InsertAttnRes,
+    ResolveInplaceAdds,
+    Site,
+    SiteParameters,
+    StreamAnalysis,
+)
+from attnres_rewrite.streams import Rejected, ResidualStream, StreamPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """What was found in a graph.
+
+    Attributes:
+        plans: The plan for every stream that is to be rewritten.
+        found: Owners of all streams, also of those that the configuration leaves plain.
+        rejected: The adds that were considered and are on no stream.
+    """
+
+    plans: tuple[StreamPlan, ...]
+    found: tuple[str, ...]
+    rejected: tuple[Rejected, ...]
+
+
+def find_streams(module: GraphModule) -> StreamAnalysis:
+    """The residual streams of ``module``, whose checkpointed regions and in-place adds are resolved first."""
+    InlineRegions()(module)
+    ResolveInplaceAdds()(module)
+    analysis: StreamAnalysis = FindStreams()(module)
+    return analysis
+
+
+def analyse(module: GraphModule, config: AttnResConfig) -> Analysis:
+    """Find the streams of ``module`` and group their layers into blocks.
+
+    Raises:
+        UnsupportedResidualError: The model already has AttnRes, or its residuals are of a refused kind.
+        NoResidualStreamError: There is no residual stream, or none of the modules that the
+            configuration names holds one.
+        BlockPartitionError: The layers of a stream cannot be grouped as the configuration asks.
+    """
+    for node in module.graph.nodes:
+        if op_name(node) == "block_attn_res":
+            raise UnsupportedResidualError(
+                f"the model already has Attention Residuals (at {source_line(node)}): "
+                "undo(model) takes them out, then it can be rewritten again"
+            )
+    found = find_streams(module)
+    if found.refusal is not None:
+        raise found.refusal
+    streams = selected(found.streams, config)
+    plans = tuple(GroupLayers()(module, stream, config) for stream in streams)
+    return Analysis(plans, tuple(stream.owner for stream in found.streams), found.rejected)
+
+
+def selected(streams: Sequence[ResidualStream], config: AttnResConfig) -> list[ResidualStream]:
+    """The streams that the configuration names, or all.
+
+    Raises:
+        NoResidualStreamError: A name in ``config.streams`` is no owner of a stream.
+    """
+    if config.streams is None:
+        return list(streams)
+    owners = [stream.owner for stream in streams]
+    missing = [name for name in config.streams if name not in owners]
+    if missing:
+        raise NoResidualStreamError(f"streams names {missing}, but the streams found are in modules {owners}")
+    return [stream for stream in streams if stream.owner in config.streams]
+
+
+def insert(
+    module: GraphModule,
+    plans: Sequence[StreamPlan],
+    parameters: Callable[[StreamPlan], Sequence[SiteParameters]],
+    config: AttnResConfig,
+) -> list[list[Site]]:
+    """Rewrite the planned streams of ``module`` in place and check the result; sites per stream."""
+    sites = []
+    for plan in plans:
+        inserted: list[Site] = InsertAttnRes()(module, plan, parameters(plan), config)
+        CheckRewrite()(module, plan, inserted)
+        sites.append(inserted)
+    return sites
