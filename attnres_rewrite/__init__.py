@@ -4,6 +4,7 @@ from attnres_rewrite import _compat, op
 from attnres_rewrite.api import attnres_parameters, disabled, explain, rewrite, undo
 from attnres_rewrite.backend import AttnResBackend, attnres_backend
 from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.depth import DepthAttention, depth_attention
 from attnres_rewrite.errors import (
     AttnResError,
     BlockPartitionError,
@@ -13,24 +14,33 @@ from attnres_rewrite.errors import (
     NotRewrittenError,
     UnsupportedResidualError,
 )
+from attnres_rewrite.onnx import OnnxExport, OnnxExportError, export_onnx
 from attnres_rewrite.report import Report
+from attnres_rewrite.verification import Verification, verify
 
 __all__ = [
     "AttnResBackend",
     "AttnResConfig",
     "AttnResError",
     "BlockPartitionError",
+    "DepthAttention",
     "ExampleInputsError",
     "GraphBreakError",
     "NoResidualStreamError",
     "NotRewrittenError",
+    "OnnxExport",
+    "OnnxExportError",
     "Report",
     "UnsupportedResidualError",
+    "Verification",
     "attnres_parameters",
+    "depth_attention",
     "disabled",
     "explain",
+    "export_onnx",
     "rewrite",
     "undo",
+    "verify",
 ]
 
 __version__ = "0.1.0"

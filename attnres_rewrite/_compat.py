@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch.utils._pytree as pytree
+from torch._subclasses import FakeTensorMode
+from torch.backends import mha
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp as FakeTensorProp
 
 
@@ -72,14 +75,28 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     of different models apart.
     """
     copy = types.FunctionType(
-        function.__code__.replace(),  # type: ignore[attr-defined]
-        function.__globals__,  # type: ignore[attr-defined]
-        function.__name__,  # type: ignore[attr-defined]
-        function.__defaults__,  # type: ignore[attr-defined]
-        function.__closure__,  # type: ignore[attr-defined]
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
-    copy.__kwdefaults__ = function.__kwdefaults__  # type: ignore[attr-defined]
+    copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+def unfused(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call ``function`` with the fused kernel of ``nn.TransformerEncoderLayer`` off.
+
+    Without gradients such a layer is one operator, inside which no residual add can be seen. The flag is
+    assigned and not set by its function because this is also run by Dynamo, which cannot trace that.
+    """
+    before = mha._is_fastpath_enabled
+    mha._is_fastpath_enabled = False
+    try:
+        return function(*args, **kwargs)
+    finally:
+        mha._is_fastpath_enabled = before
 
 
 def compile_disabled() -> bool:
@@ -102,3 +119,28 @@ def isolated_compile_options() -> dict[str, Any]:
     """Options of ``torch.compile`` that give one call a cache of its own, where this release has them."""
     has = "isolate_recompiles" in inspect.signature(torch.compile).parameters
     return {"isolate_recompiles": True} if has else {}
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode in which operators compute shapes alone, also on real parameters."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """The tensors in a nest of containers, in order."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
+    """``tree`` with ``function`` applied to every tensor in it."""
+    return pytree.tree_map_only(torch.Tensor, function, tree)
+
+
+def size_hint(size: torch.SymInt) -> int:
+    """What a symbolic size was when it was traced."""
+    return int(size.node.hint)
+
+
+def is_jit_tracing() -> bool:
+    """Whether ``torch.jit.trace`` is running the code that asks."""
+    return bool(torch._C._get_tracing_state())

@@ -70,7 +70,8 @@ def not_rewritten_message(owner: str) -> str:
         f"module {owner or '(root)'!r} was rewritten to Attention Residuals, which run through torch.compile with the "
         "backend of this package, but its layers are being run without it: with torch.compile switched off "
         "(TORCH_COMPILE_DISABLE=1), past Dynamo's recompile limit, with another backend, or by a tracer "
-        '(torch.jit.trace, torch.export, torch.onnx.export). Call the model itself, or torch.compile(model, backend="attnres"); '
+        "(torch.jit.trace, torch.export, torch.onnx.export). Call the model itself, or "
+        'torch.compile(model, backend="attnres"); '
         "to export, rewrite the ExportedProgram or use attnres_rewrite.export_onnx; for plain residuals on purpose, "
         "use attnres_rewrite.disabled(model)"
     )

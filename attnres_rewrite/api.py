@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from torch.export import ExportedProgram
@@ -23,7 +23,7 @@ from attnres_rewrite.pipeline import Analysis, analyse
 from attnres_rewrite.report import Report, make_report
 from attnres_rewrite.streams import StreamPlan
 
-ModelT = TypeVar("ModelT", nn.Module, ExportedProgram, GraphModule)
+ModelT = TypeVar("ModelT", bound=nn.Module | ExportedProgram)
 
 
 def rewrite(
@@ -69,15 +69,13 @@ def rewrite(
     config = resolve_config(blocks, config)
     if isinstance(model, ExportedProgram):
         _refuse_compile_options(backend, compile_options)
-        return rewrite_exported(model, config)
+        return cast(ModelT, rewrite_exported(model, config))
     if isinstance(model, GraphModule):
         _refuse_compile_options(backend, compile_options)
-        return rewrite_graph_module(model, config, example_inputs)
+        return cast(ModelT, rewrite_graph_module(model, config, example_inputs))
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"rewrite takes an nn.Module, an ExportedProgram or a GraphModule, not {type(model).__name__}"
-        )
-    return _rewrite_live(model, config, example_inputs, backend, compile_options)
+        raise TypeError(f"rewrite takes an nn.Module, an ExportedProgram or a GraphModule, not {type(model).__name__}")
+    return cast(ModelT, _rewrite_live(model, config, example_inputs, backend, compile_options))
 
 
 def resolve_config(blocks: Blocks | None, config: AttnResConfig | None) -> AttnResConfig:
@@ -132,9 +130,6 @@ def _owners(model: nn.Module, analysis: Analysis) -> dict[str, list[StreamPlan]]
     owners: dict[str, list[StreamPlan]] = {}
     for plan in analysis.plans:
         name = plan.stream.owner
-        # The forward of a Sequential runs all its children, so it cannot hold parameters in one.
-        while isinstance(model.get_submodule(name), (nn.Sequential, nn.ModuleList)) and name:
-            name = name.rpartition(".")[0]
         owner = model.get_submodule(name)
         if isinstance(owner, nn.Sequential):
             raise UnsupportedResidualError(
@@ -227,5 +222,3 @@ def require_live(model: object, verb: str) -> list[tuple[str, Any]]:
             f"{verb}: this {type(model).__name__} was not rewritten in place; call rewrite(model, blocks=8) first"
         )
     return found
-
-

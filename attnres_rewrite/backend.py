@@ -7,15 +7,15 @@ import contextvars
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from attnres_rewrite import _compat
 from attnres_rewrite.anchor import Anchor, anchors_of
+from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import AttnResError, GraphBreakError, NotRewrittenError
-from attnres_rewrite.passes import GroupLayers, SiteParameters
-from attnres_rewrite.pipeline import find_streams, insert
 from attnres_rewrite.graph import source_line
+from attnres_rewrite.passes import GroupLayers, Site, SiteParameters
+from attnres_rewrite.pipeline import find_streams, insert
 from attnres_rewrite.streams import ResidualStream, StreamPlan
 
 _plain_residuals_wanted = contextvars.ContextVar("attnres_plain_residuals_wanted", default=False)
@@ -57,10 +57,17 @@ class AttnResBackend:
         Dynamo would wrap it in an error of its own, or drop it and run the plain model.
         """
         try:
-            rewrite_captured(module, self.plain_streams)
+            self.inserted(rewrite_captured(module, self.plain_streams, self.configure))
         except AttnResError as error:
             return _raiser(error)
         return self._compile(module, inputs, **options)
+
+    def configure(self, config: AttnResConfig) -> AttnResConfig:
+        """The configuration to use for one that an anchor carries; a subclass may change it."""
+        return config
+
+    def inserted(self, sites: list[Site]) -> None:
+        """Called with the sites of every graph that was rewritten; for a subclass to look at."""
 
     def _compile(self, module: GraphModule, inputs: list[Any], **given: Any) -> Callable[..., Any]:
         mode = given.get("mode", self.mode)
@@ -89,11 +96,15 @@ def plain_residuals_wanted() -> Iterator[None]:
         _plain_residuals_wanted.reset(token)
 
 
-def rewrite_captured(module: GraphModule, plain_streams: tuple[str, ...] = ()) -> int:
+def rewrite_captured(
+    module: GraphModule,
+    plain_streams: tuple[str, ...] = (),
+    configure: Callable[[AttnResConfig], AttnResConfig] = lambda config: config,
+) -> list[Site]:
     """Rewrite, in place, the streams of the anchors in a graph that Dynamo captured.
 
     Returns:
-        The number of sites inserted; 0 for a graph that has nothing to do with a residual stream.
+        The sites inserted; none for a graph that has nothing to do with a residual stream.
 
     Raises:
         GraphBreakError: The graph holds only a part of an anchored stream.
@@ -102,9 +113,9 @@ def rewrite_captured(module: GraphModule, plain_streams: tuple[str, ...] = ()) -
     anchors = anchors_of(module)
     if not anchors:
         _refuse_plain_streams(module, plain_streams)
-        return 0
+        return []
     streams = find_streams(module).streams
-    sites = 0
+    sites: list[Site] = []
     for anchor in anchors:
         others = [other.path for other in anchors if other is not anchor]
         plans = _plans(module, anchor, [s for s in streams if anchor.owns(s.owner, others)])
@@ -113,7 +124,8 @@ def rewrite_captured(module: GraphModule, plain_streams: tuple[str, ...] = ()) -
         def take(plan: StreamPlan, parameters: Iterator[SiteParameters] = parameters) -> list[SiteParameters]:
             return [next(parameters) for _ in plan.stream.branches]
 
-        sites += sum(map(len, insert(module, plans, take, anchor.config)))
+        for inserted in insert(module, plans, take, configure(anchor.config)):
+            sites.extend(inserted)
         module.graph.erase_node(anchor.node)
     module.recompile()
     return sites
@@ -154,5 +166,3 @@ def _raiser(error: AttnResError) -> Callable[..., NoReturn]:
         raise type(error)(*error.args)
 
     return fail
-
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -56,22 +56,21 @@ def example_call(model: nn.Module, example_inputs: ExampleInputs | None) -> Call
     parameter = next(model.parameters(), None)
     if parameter is None:
         return call
-    moved = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(parameter.device), (call.args, call.kwargs))
-    return Call(*moved)
+    return Call(*_compat.map_tensors(lambda t: t.to(parameter.device), (call.args, call.kwargs)))
 
 
 def _default_inputs(model: nn.Module) -> ExampleInputs:
     main = getattr(model, "main_input_name", None)
     if main == "input_ids" and hasattr(model, "dummy_inputs"):
-        inputs: ExampleInputs = model.dummy_inputs
-        return inputs
+        return cast(ExampleInputs, model.dummy_inputs)
     config = getattr(model, "config", None)
-    if main == "pixel_values" and hasattr(config, "image_size"):
-        return {"pixel_values": _image(config.image_size, getattr(config, "num_channels", 3))}
+    image_size: Any = getattr(config, "image_size", None)
+    if main == "pixel_values" and image_size is not None:
+        return {"pixel_values": _image(image_size, getattr(config, "num_channels", 3))}
     first = next((m for m in model.modules() if isinstance(m, (nn.Embedding, nn.Conv2d, nn.Linear))), None)
     if isinstance(first, nn.Embedding):
         return torch.arange(10).reshape(2, 5) % first.num_embeddings
-    size = next((m.image_size for m in model.modules() if hasattr(m, "image_size")), None)
+    size: Any = next((m.image_size for m in model.modules() if hasattr(m, "image_size")), None)
     if isinstance(first, nn.Conv2d) and size is not None:
         return _image(size, first.in_channels)
     begins = f"begins with a {type(first).__name__}" if first is not None else "has no layer that tells"
@@ -131,7 +130,7 @@ def capture(model: nn.Module, call: Call) -> GraphModule:
 
 def _compiled(model: nn.Module, backend: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
+        return _compat.unfused(model, *args, **kwargs)
 
     return torch.compile(_compat.with_own_code(forward), backend=backend, **options)
 

@@ -105,8 +105,7 @@ def partition_layers(layers: int, *, blocks: int | None = None, layers_per_block
     if layers_per_block is not None:
         if layers_per_block > layers:
             raise BlockPartitionError(
-                f"layers_per_block={layers_per_block}, but the stream has only {layers} layers: "
-                f"choose at most {layers}"
+                f"layers_per_block={layers_per_block}, but the stream has only {layers} layers: choose at most {layers}"
             )
         full, rest = divmod(layers, layers_per_block)
         return [layers_per_block] * full + [rest] * (rest > 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import cast
 
 import torch
 from torch.export import ExportedProgram
@@ -11,7 +12,7 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.graph import tensor_of
+from attnres_rewrite.graph import require_tensor
 from attnres_rewrite.passes import SiteParameters
 from attnres_rewrite.pipeline import analyse, insert
 from attnres_rewrite.streams import StreamPlan
@@ -37,7 +38,7 @@ def rewrite_exported(program: ExportedProgram, config: AttnResConfig) -> Exporte
         graph_signature=binder.signature(),
         state_dict=binder.state,
         range_constraints=dict(program.range_constraints),
-        module_call_graph=copy.deepcopy(program.module_call_graph),
+        module_call_graph=list(program.module_call_graph),
         example_inputs=program.example_inputs,
         constants=program.constants,
         verifiers=program.verifiers,
@@ -60,8 +61,7 @@ class _Binder:
         prefix = f"{owner}.attn_res" if owner else "attn_res"
         first = self._sites.get(owner, 0)
         self._sites[owner] = first + len(plan.stream.branches)
-        root = tensor_of(plan.stream.root)
-        assert root is not None
+        root = require_tensor(plan.stream.root)
         made = []
         for i in range(first, self._sites[owner]):
             query = self._bind(f"{prefix}.{i}.query", root, 0.0)
@@ -72,7 +72,7 @@ class _Binder:
     def _bind(self, name: str, root: torch.Tensor, start: float) -> Node:
         for spec, node in zip(self.specs, self.placeholders, strict=True):
             if spec.target == name:
-                return node
+                return cast(Node, node)
         width = int(root.shape[-1])
         self.state[name] = torch.nn.Parameter(torch.full((width,), start, dtype=root.dtype, device=root.device))
         position = sum(spec.kind == InputKind.PARAMETER for spec in self.specs)
@@ -88,7 +88,7 @@ class _Binder:
         """The program's signature with the new inputs, and outputs under their present names."""
         output = next(n for n in reversed(self.module.graph.nodes) if n.op == "output")
         specs = []
-        for spec, node in zip(self.program.graph_signature.output_specs, output.args[0], strict=True):  # type: ignore[arg-type]
+        for spec, node in zip(self.program.graph_signature.output_specs, output.args[0], strict=True):
             if isinstance(spec.arg, TensorArgument) and isinstance(node, Node):
                 spec = dataclasses.replace(spec, arg=TensorArgument(node.name))
             specs.append(spec)

@@ -20,8 +20,10 @@ from torch.fx.node import map_arg
 
 # Their result depends on the shape, dtype and device of the argument, not on its data.
 _SHAPE_ONLY = frozenset(
-    "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full "
-    "size sym_size dim numel sym_numel stride sym_stride".split()
+    (
+        "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones "
+        "new_empty new_full size sym_size dim numel sym_numel stride sym_stride"
+    ).split()
 )
 
 
@@ -34,6 +36,13 @@ def tensor_of(node: object) -> torch.Tensor | None:
     """The fake tensor of ``node``, if ``node`` is a node whose value is one tensor."""
     value = value_of(node) if isinstance(node, Node) else None
     return value if isinstance(value, torch.Tensor) else None
+
+
+def require_tensor(node: object) -> torch.Tensor:
+    """The fake tensor of a node that is known to have one."""
+    value = tensor_of(node)
+    assert value is not None, f"{node} has no fake tensor"
+    return value
 
 
 def is_float_tensor(node: object) -> bool:
@@ -53,10 +62,10 @@ def op_name(node: Node) -> str:
     """The operator's bare name in either dialect: ``add`` for ``operator.add`` and ``aten.add.Tensor``."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        return target.overloadpacket.__name__
+        return str(target.overloadpacket.__name__)
     if isinstance(target, str):
         return target.rsplit(".", 1)[-1]
-    return getattr(target, "__name__", str(target))
+    return str(getattr(target, "__name__", target))
 
 
 def indices(graph: Graph) -> dict[Node, int]:
@@ -129,6 +138,13 @@ def module_stack(node: Node) -> tuple[str, ...]:
     return tuple(dict.fromkeys(path for path in paths if path))
 
 
+def sequential_paths(node: Node) -> set[str]:
+    """Which of the paths in :func:`module_stack` are ``nn.Sequential``, whose forward runs every child."""
+    stack = node.meta.get("nn_module_stack") or {}
+    names = ((normalise_path(path), getattr(kind, "__name__", str(kind))) for path, kind in stack.values())
+    return {path for path, name in names if name.rsplit(".", 1)[-1] == "Sequential"}
+
+
 def module_path(node: Node) -> str:
     """Normalised path of the innermost module whose forward ``node`` ran in; ``""`` for the root."""
     stack = module_stack(node)
@@ -179,9 +195,7 @@ class GraphBuilder:
     def attribute(self, name: str, value: torch.Tensor, *, fake_like: Node) -> Node:
         """A read of the module attribute ``name``, whose fake value lives beside that of ``fake_like``."""
         node = self.graph.get_attr(name)
-        like = tensor_of(fake_like)
-        assert like is not None
-        node.meta[self._value_key] = like.new_empty(value.shape, dtype=value.dtype)
+        node.meta[self._value_key] = require_tensor(fake_like).new_empty(value.shape, dtype=value.dtype)
         return node
 
 

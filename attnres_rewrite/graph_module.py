@@ -7,10 +7,10 @@ import copy
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite import _compat
-from attnres_rewrite.capture import ExampleInputs, example_call
+from attnres_rewrite.capture import Call, ExampleInputs, example_call
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import ExampleInputsError
-from attnres_rewrite.graph import GraphBuilder, op_name, source_line, tensor_of, value_of
+from attnres_rewrite.graph import GraphBuilder, op_name, require_tensor, source_line, tensor_of
 from attnres_rewrite.live import AttnResSite
 from attnres_rewrite.passes import SiteParameters
 from attnres_rewrite.pipeline import analyse, insert
@@ -50,26 +50,36 @@ def with_metadata(module: GraphModule, example_inputs: ExampleInputs | None) -> 
             new.add_module(name, submodule)
     new.train(module.training)
     if example_inputs is None:
-        if any(n.op == "call_function" and value_of(n) is None for n in new.graph.nodes):
+        if all(tensor_of(n) is None for n in new.graph.nodes):
             raise ExampleInputsError(
                 "the nodes of this GraphModule carry no shapes (meta['val'] or meta['example_value']): pass "
                 "example_inputs that it runs on"
             )
         return new
-    call = example_call(module, example_inputs)
-    names = [n.target for n in new.graph.nodes if n.op == "placeholder"]
-    missing = set(call.kwargs) - set(names)
-    if missing:
-        raise ExampleInputsError(f"the GraphModule takes {names}, not {sorted(missing)}")
-    arguments = [*call.args, *(call.kwargs[name] for name in names[len(call.args) :] if name in call.kwargs)]
-    _propagate(new, arguments)
+    _propagate(new, _arguments(new, example_call(module, example_inputs)))
     return new
+
+
+def _arguments(module: GraphModule, call: Call) -> list[object]:
+    """The values of the placeholders of ``module``, in order, in a call of it."""
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    names = [n.target for n in placeholders]
+    unknown = set(call.kwargs) - set(names[len(call.args) :])
+    if unknown or len(call.args) > len(names):
+        given = sorted(unknown) or f"{len(call.args)} positional arguments"
+        raise ExampleInputsError(f"the GraphModule takes {names}, not {given}")
+    arguments = list(call.args)
+    for node in placeholders[len(call.args) :]:
+        if node.target not in call.kwargs and not node.args:
+            raise ExampleInputsError(f"the GraphModule takes {names}, and {node.target!r} is missing")
+        arguments.append(call.kwargs.get(node.target, *node.args))
+    return arguments
 
 
 def _propagate(module: GraphModule, arguments: list[object]) -> None:
     """Fill in ``meta['val']`` by running the graph on fake tensors."""
 
-    class Propagation(_compat.FakeTensorProp):  # type: ignore[misc, name-defined]
+    class Propagation(_compat.FakeTensorProp):
         def run_node(self, node: Node) -> object:
             try:
                 return super().run_node(node)
@@ -81,7 +91,7 @@ def _propagate(module: GraphModule, arguments: list[object]) -> None:
                 ) from error
 
     try:
-        Propagation(module).propagate(*arguments)
+        Propagation(module, _compat.fake_mode()).propagate(*arguments)
     except ExampleInputsError:
         raise
     except Exception as error:
@@ -89,8 +99,7 @@ def _propagate(module: GraphModule, arguments: list[object]) -> None:
 
 
 def _site(module: GraphModule, plan: StreamPlan, index: int, config: AttnResConfig) -> SiteParameters:
-    root = tensor_of(plan.stream.root)
-    assert root is not None
+    root = require_tensor(plan.stream.root)
     owner = plan.stream.owner
     path = f"{owner}.attn_res.{index}" if owner else f"attn_res.{index}"
     site = AttnResSite(plan.stream.width, gain=config.key_gain, device=root.device, dtype=root.dtype)
@@ -103,5 +112,3 @@ def _site(module: GraphModule, plan: StreamPlan, index: int, config: AttnResConf
         if site.gain is not None:
             gain = build.attribute(f"{path}.gain", site.gain, fake_like=plan.stream.root)
     return SiteParameters(query, gain)
-
-

@@ -31,7 +31,12 @@ class AttnResSite(nn.Module):
     """
 
     def __init__(
-        self, width: int, *, gain: bool = True, device: torch.device | None = None, dtype: torch.dtype | None = None
+        self,
+        width: int,
+        *,
+        gain: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.zeros(width, device=device, dtype=dtype))
@@ -97,7 +102,7 @@ class LiveForward:
             return self.run_layers(*args, **kwargs)
         if not self.state.enabled:
             return self.original(*args, **kwargs)
-        if torch.jit.is_tracing() or torch.compiler.is_exporting() or _compat.compile_disabled():
+        if _compat.is_jit_tracing() or torch.compiler.is_exporting() or _compat.compile_disabled():
             raise NotRewrittenError(not_rewritten_message(AnchorSpec.from_json(self.spec).owner))
         if self._compiled is None:
             self._compiled = self.state.compile(_run_layers)
@@ -106,8 +111,9 @@ class LiveForward:
     def run_layers(self, *args: Any, **kwargs: Any) -> Any:
         """The anchor and the original forward, for Dynamo to trace."""
         if self.state.enabled:
-            sites = self.owner.attn_res
+            sites: Any = self.owner.attn_res
             torch.ops.attnres.anchor.default(sites.token, sites.flat(), self.spec)
+            return _compat.unfused(self.original, *args, **kwargs)
         return self.original(*args, **kwargs)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
@@ -143,9 +149,7 @@ def live_forwards(model: nn.Module) -> Iterator[tuple[str, LiveForward]]:
             yield name, forward
 
 
-def install(
-    model: nn.Module, specs: Sequence[AnchorSpec], widths: Sequence[Sequence[int]], state: LiveState
-) -> None:
+def install(model: nn.Module, specs: Sequence[AnchorSpec], widths: Sequence[Sequence[int]], state: LiveState) -> None:
     """Give every owner its parameters and its live forward, and compile the root.
 
     Args:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.graph import source_line, tensor_of
+from attnres_rewrite.graph import require_tensor, source_line
 from attnres_rewrite.pipeline import Analysis
 from attnres_rewrite.streams import StreamPlan
 
@@ -71,7 +71,7 @@ class Report:
 
 
 def _stream_lines(stream: StreamReport) -> list[str]:
-    yield_lines = [
+    lines = [
         f"stream of {stream.owner or '(root)'}: width {stream.width}, {len(stream.layers)} layers, "
         f"{stream.branches} branch outputs, {stream.branches} sites, "
         f"{stream.bytes_per_token:,} bytes per token for the block summaries",
@@ -79,9 +79,9 @@ def _stream_lines(stream: StreamReport) -> list[str]:
     ]
     for number, layers in enumerate(stream.blocks, start=1):
         span = layers[0] if len(layers) == 1 else f"{layers[0]} ... {layers[-1]}"
-        yield_lines.append(f"  {number:5d}  {span}")
-    yield_lines.append(f"  sources per site: {' '.join(map(str, stream.sources))}")
-    return yield_lines
+        lines.append(f"  {number:5d}  {span}")
+    lines.append(f"  sources per site: {' '.join(map(str, stream.sources))}")
+    return lines
 
 
 def make_report(analysis: Analysis, config: AttnResConfig, parameters: int) -> Report:
@@ -91,12 +91,12 @@ def make_report(analysis: Analysis, config: AttnResConfig, parameters: int) -> R
 
 
 def _stream(plan: StreamPlan, config: AttnResConfig) -> StreamReport:
-    root = tensor_of(plan.stream.root)
-    assert root is not None
+    root = require_tensor(plan.stream.root)
     per_site = plan.stream.width * (2 if config.key_gain else 1)
+    layer_and_block = tuple(zip(plan.layer_of, plan.block_of, strict=True))
     blocks = tuple(
-        tuple(dict.fromkeys(plan.layers[layer] for layer, b in zip(plan.layer_of, plan.block_of, strict=True) if b == block))
-        for block in range(plan.blocks)
+        tuple(dict.fromkeys(plan.layers[layer] for layer, block in layer_and_block if block == wanted))
+        for wanted in range(plan.blocks)
     )
     return StreamReport(
         owner=plan.stream.owner,

@@ -54,13 +54,16 @@ class ResidualStream:
     """The chain ``x_{k+1} = x_k + f_k(...)`` of one owner module.
 
     Attributes:
-        owner: Path of the deepest module that contains the whole stream, ``""`` for the traced root.
+        owner: Path of the deepest module that contains the whole stream and can hold parameters, ``""``
+            for the traced root. An ``nn.Sequential`` cannot: its forward would run them.
+        scope: Path of the deepest module that contains the whole stream; its children are the layers.
         root: The stream's first value b_0.
         branches: The branch outputs f_1 to f_S, in order. Each ends in a value that is read.
         width: D, the size of the last dimension.
     """
 
     owner: str
+    scope: str
     root: Node
     branches: tuple[Branch, ...]
     width: int

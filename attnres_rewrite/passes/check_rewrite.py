@@ -56,7 +56,7 @@ class CheckRewrite(Pass):
         assert isinstance(sources, (list, tuple))
         if len(sources) != count:
             raise PostconditionError(f"site {k} has {len(sources)} sources instead of {count}")
-        parts = [self._expand(source, terms) for source in sources]
+        parts = [self._expand(source, terms) for source in sources if isinstance(source, Node)]
         if tuple(tuple(sorted(p)) for p in parts) != site.parts:
             raise PostconditionError(f"site {k} sums {parts} instead of {site.parts}")
         if sum(map(len, parts)) != k + 2 or set().union(*parts) != set(range(k + 2)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os.path
+import itertools
 
 from torch.fx import GraphModule, Node
 
@@ -16,8 +16,9 @@ from attnres_rewrite.graph import (
     is_float_tensor,
     module_stack,
     op_name,
+    require_tensor,
+    sequential_paths,
     source_line,
-    tensor_of,
 )
 from attnres_rewrite.passes.base import Pass, PostconditionError
 from attnres_rewrite.patterns import ResidualAdd, StreamScale, Transparent, through_transparent
@@ -199,10 +200,9 @@ class _Search:
         # A scale needs an add to belong to: scales that are read before the first add stay outside.
         if len(branches) < 2 or not all(branch.adds for branch in branches):
             return None
-        root = tensor_of(path[0].node)
-        assert root is not None
-        stacks = [module_stack(add.node) for branch in branches for add in branch.adds]
-        return ResidualStream(common_owner(stacks), path[0].node, tuple(branches), int(root.shape[-1]))
+        root = require_tensor(path[0].node)
+        owner, scope = _owner_and_scope([add.node for branch in branches for add in branch.adds])
+        return ResidualStream(owner, scope, path[0].node, tuple(branches), int(root.shape[-1]))
 
     def _nested(self, inner: ResidualStream, outer: ResidualStream) -> bool:
         last, index = inner.branches[-1].value, self.index
@@ -229,9 +229,15 @@ def reads_of(value: Node, on_path: set[Node]) -> list[Node]:
     return reads
 
 
-def common_owner(stacks: list[tuple[str, ...]]) -> str:
-    """Path of the deepest module that is in all of the module stacks; ``""`` for the root."""
-    return next(iter(os.path.commonprefix(stacks)[::-1]), "") if stacks else ""
+def _owner_and_scope(adds: list[Node]) -> tuple[str, str]:
+    """The deepest module that all of ``adds`` run in, and the deepest that is no ``nn.Sequential``."""
+    stacks = zip(*(module_stack(add) for add in adds), strict=False)
+    common = [level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, stacks)]
+    scope = common[-1] if common else ""
+    sequential = sequential_paths(adds[0])
+    while common and common[-1] in sequential:
+        common.pop()
+    return (common[-1] if common else ""), scope
 
 
 def _refusal(search: _Search, rejected: tuple[Rejected, ...]) -> AttnResError:

@@ -51,8 +51,8 @@ class GroupLayers(Pass):
 
 
 def _layer_names(stream: ResidualStream) -> list[str]:
-    by_add = [_child(stream.owner, module_stack(branch.adds[-1].node)) for branch in stream.branches]
-    by_output = [_child(stream.owner, _output_stack(branch)) for branch in stream.branches]
+    by_add = [_child(stream.scope, module_stack(branch.adds[-1].node)) for branch in stream.branches]
+    by_output = [_child(stream.scope, _output_stack(branch)) for branch in stream.branches]
     for names in (by_add, by_output):
         known = [name for name in names if name is not None]
         if len(set(known)) > 1:
@@ -60,10 +60,10 @@ def _layer_names(stream: ResidualStream) -> list[str]:
     return _by_period(stream)
 
 
-def _child(owner: str, stack: tuple[str, ...]) -> str | None:
-    """The outermost module of the stack that lies inside the owner."""
-    prefix = owner + "." if owner else ""
-    return next((path for path in stack if path.startswith(prefix) and path != owner), None)
+def _child(scope: str, stack: tuple[str, ...]) -> str | None:
+    """The outermost module of the stack that lies inside ``scope``."""
+    prefix = scope + "." if scope else ""
+    return next((path for path in stack if path.startswith(prefix) and path != scope), None)
 
 
 def _output_stack(branch: Branch) -> tuple[str, ...]:
@@ -84,9 +84,7 @@ def _by_period(stream: ResidualStream) -> list[str]:
     values = {stream.root, *(branch.value for branch in stream.branches)}
     signatures = [_signature(branch, values) for branch in stream.branches]
     count = len(signatures)
-    period = next(
-        p for p in range(1, count + 1) if all(signatures[i] == signatures[i % p] for i in range(count))
-    )
+    period = next(p for p in range(1, count + 1) if all(signatures[i] == signatures[i % p] for i in range(count)))
     if period == count:
         # Nothing repeats, so every branch stands for itself.
         period = 1

@@ -43,7 +43,7 @@ class InlineRegions(Pass):
 
 def _inline(module: GraphModule, region: Node, region_id: int) -> None:
     body_attribute, *arguments = region.args
-    assert isinstance(body_attribute, Node) and body_attribute.op == "get_attr"
+    assert isinstance(body_attribute, Node), "Dynamo passes the body as an attribute of the graph module"
     body = module.get_submodule(str(body_attribute.target))
     assert isinstance(body, GraphModule)
     copies: dict[Node, Node] = {}
@@ -60,7 +60,9 @@ def _inline(module: GraphModule, region: Node, region_id: int) -> None:
             copy.meta.update(_compat.recompute_tags(region_id))
     for user in list(region.users):
         # Dynamo always unpacks the tuple that a region returns.
-        user.replace_all_uses_with(outputs[user.args[1]])  # type: ignore[index]
+        value = outputs[user.args[1]]  # type: ignore[index]
+        assert isinstance(value, Node)
+        user.replace_all_uses_with(value)
         module.graph.erase_node(user)
     module.graph.erase_node(region)
     if not body_attribute.users:

@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.graph import GraphBuilder, op_name, same_shape, tensor_of
+from attnres_rewrite.graph import GraphBuilder, op_name, require_tensor, same_shape
 from attnres_rewrite.passes.base import Pass
 from attnres_rewrite.patterns import Transparent
 from attnres_rewrite.streams import Branch, Step, StreamPlan
@@ -33,11 +33,13 @@ class Site:
         node: The ``block_attn_res`` node.
         sources: The nodes it attends over.
         parts: For every source, which terms it sums: 0 is the root b_0, k the k-th branch output f_k.
+        has_partial: Whether the last source is the partial of a block that is not complete.
     """
 
     node: Node
     sources: tuple[Node, ...]
     parts: tuple[tuple[int, ...], ...]
+    has_partial: bool
 
 
 class InsertAttnRes(Pass):
@@ -54,7 +56,11 @@ class InsertAttnRes(Pass):
     """
 
     def call(
-        self, module: GraphModule, plan: StreamPlan, parameters: Sequence[SiteParameters], config: AttnResConfig
+        self,
+        module: GraphModule,
+        plan: StreamPlan,
+        parameters: Sequence[SiteParameters],
+        config: AttnResConfig,
     ) -> list[Site]:
         """Rewrite the stream of ``plan`` in place; ``parameters`` has one entry a site."""
         assert len(parameters) == len(plan.stream.branches)
@@ -133,12 +139,11 @@ class _Writer:
         operand = branch.adds[-1].operand
         assert isinstance(operand, Node)
         branch.value.replace_all_uses_with(self._like(node, branch.value, operand))
-        return Site(node, tuple(sources), tuple(parts))
+        return Site(node, tuple(sources), tuple(parts), self.partial is not None)
 
     def _like(self, node: Node, dtype_of: Node, shape_of: Node) -> Node:
         """``node`` in the dtype of one node and the shape of another, with ops only where they differ."""
-        value, typed, shaped = tensor_of(node), tensor_of(dtype_of), tensor_of(shape_of)
-        assert value is not None and typed is not None and shaped is not None
+        value, typed, shaped = require_tensor(node), require_tensor(dtype_of), require_tensor(shape_of)
         if not same_shape(value, shaped):
             node = self.build.call(aten.view_as.default, node, shape_of, like=dtype_of)
         if value.dtype != typed.dtype:

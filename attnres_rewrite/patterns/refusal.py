@@ -11,7 +11,7 @@ from attnres_rewrite.patterns.base import Rejection
 
 _NORMS = frozenset("layer_norm rms_norm native_layer_norm group_norm batch_norm rsqrt std var".split())
 _MIXERS = frozenset(
-    "linear matmul bmm mm addmm einsum conv1d conv2d conv3d embedding scaled_dot_product_attention baddbmm".split()
+    ("linear matmul bmm mm addmm einsum conv1d conv2d conv3d embedding scaled_dot_product_attention baddbmm").split()
 )
 
 

@@ -8,7 +8,7 @@ import operator
 import torch
 from torch.fx import Node
 
-from attnres_rewrite.graph import is_float_tensor, same_shape, tensor_of
+from attnres_rewrite.graph import is_float_tensor, require_tensor, same_shape
 from attnres_rewrite.patterns.base import Rejection
 
 _ADD_FUNCTIONS = frozenset(
@@ -56,8 +56,7 @@ class ResidualAdd:
             return Rejection("one operand is a number", node)
         if not (is_float_tensor(left) and is_float_tensor(right)):
             return Rejection("an operand is not a float tensor", node)
-        left_value, right_value = tensor_of(left), tensor_of(right)
-        assert left_value is not None and right_value is not None
+        left_value, right_value = require_tensor(left), require_tensor(right)
         if not same_shape(left_value, right_value):
             return Rejection(
                 f"the operands differ in shape: {list(left_value.shape)} and {list(right_value.shape)}", node

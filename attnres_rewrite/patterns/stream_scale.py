@@ -8,7 +8,7 @@ import operator
 import torch
 from torch.fx import Node
 
-from attnres_rewrite.graph import is_float_tensor, same_shape, tensor_of
+from attnres_rewrite.graph import is_float_tensor, require_tensor, same_shape, tensor_of
 from attnres_rewrite.patterns.base import Rejection
 
 _MUL = frozenset({operator.mul, operator.imul, torch.mul, torch.ops.aten.mul.Tensor, torch.ops.aten.mul.Scalar})
@@ -48,10 +48,11 @@ class StreamScale:
         for source, factor in ((left, right), (right, left)) if multiplies else ((left, right),):
             if not (isinstance(source, Node) and is_float_tensor(source)):
                 continue
-            if not isinstance(factor, (int, float)) and tensor_of(factor) is None:
+            if not isinstance(factor, (int, float, Node)):
                 continue
-            before, after = tensor_of(source), tensor_of(node)
-            assert before is not None and after is not None
+            if isinstance(factor, Node) and tensor_of(factor) is None:
+                continue
+            before, after = require_tensor(source), require_tensor(node)
             if same_shape(before, after) and not _as_wide(factor, after):
                 return ScaleMatch(source, factor)
         return Rejection("no operand has the shape of the result", node)

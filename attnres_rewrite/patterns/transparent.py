@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from attnres_rewrite.graph import is_float_tensor, op_name, same_shape, statically_known_true, tensor_of
+from attnres_rewrite.graph import is_float_tensor, op_name, require_tensor, same_shape
 from attnres_rewrite.patterns.base import Rejection
 
 _CASTS = frozenset("to float double half bfloat16 type_as _to_copy convert_element_type".split())
@@ -33,8 +34,7 @@ class Transparent:
         source = node.args[0] if node.args else None
         if not (isinstance(source, Node) and is_float_tensor(source) and is_float_tensor(node)):
             return Rejection("not a float tensor in and out", node)
-        before, after = tensor_of(source), tensor_of(node)
-        assert before is not None and after is not None
+        before, after = require_tensor(source), require_tensor(node)
         if name not in _VIEWS and not same_shape(before, after):
             return Rejection("the shape changes", node)
         if not statically_known_true(before.shape[-1] == after.shape[-1]):

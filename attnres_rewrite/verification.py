@@ -1,0 +1,130 @@
+"""Checks a rewritten model against its own plain residuals, on the weights that it has."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnres_rewrite import _compat
+from attnres_rewrite.api import attnres_parameters, disabled, require_live
+from attnres_rewrite.backend import AttnResBackend
+from attnres_rewrite.capture import Call, ExampleInputs, example_call
+from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.passes import Site
+
+# Multiples of the dtype's epsilon. Two orders of summing some hundred terms differ by far less.
+_TOLERANCE_IN_EPSILONS = 1024.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """How far a rewritten model with zero queries is from its plain residual path.
+
+    Attributes:
+        sites: Number of AttnRes sites that ran.
+        sum_difference: Largest difference of any output, relative to the output's largest value, with
+            ``aggregation="sum"``: the sources then add up to exactly the plain stream.
+        difference: The same with the model's own aggregation. With ``"mean"`` the stream is smaller by
+            the number of sources, which only the epsilon of the norms that read it can notice.
+        aggregation: The model's own aggregation.
+        tolerance: What ``sum_difference`` may be, from the dtype of the outputs.
+    """
+
+    sites: int
+    sum_difference: float
+    difference: float
+    aggregation: str
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the rewritten model computes, with zero queries, what the plain one does."""
+        return self.sum_difference <= self.tolerance
+
+    def __str__(self) -> str:
+        verdict = "passed" if self.passed else "FAILED"
+        return (
+            f"verification {verdict}: {self.sites} sites, zero queries against plain residuals: relative "
+            f'difference {self.sum_difference:.1e} with aggregation="sum" (tolerance {self.tolerance:.1e}), '
+            f'{self.difference:.1e} with the model\'s own aggregation="{self.aggregation}"'
+        )
+
+
+class _VerifyingBackend(AttnResBackend):
+    def __init__(self, aggregation: str | None) -> None:
+        super().__init__("eager")
+        self.aggregation = aggregation
+        self.used = ""
+        self.sites = 0
+
+    def configure(self, config: AttnResConfig) -> AttnResConfig:
+        aggregation: Any = self.aggregation or config.aggregation
+        self.used = aggregation
+        return dataclasses.replace(config, aggregation=aggregation)
+
+    def inserted(self, sites: list[Site]) -> None:
+        self.sites += len(sites)
+
+
+def verify(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Verification:
+    """Compare the rewritten ``model``, with its queries set to zero for the moment, with plain residuals.
+
+    Both run on the weights, in the mode (train or eval) and with the random state that the model has
+    now. The queries get their values back, also after an error.
+
+    Args:
+        model: A rewritten ``nn.Module``.
+        example_inputs: As for :func:`attnres_rewrite.rewrite`.
+
+    Raises:
+        AttnResError: ``model`` is not a rewritten ``nn.Module``.
+        ExampleInputsError: The example inputs are missing or of the wrong kind.
+    """
+    require_live(model, "verify")
+    call = example_call(model, example_inputs)
+    queries = [p for name, p in attnres_parameters(model) if name.endswith(".query")]
+    saved = [query.detach().clone() for query in queries]
+    with torch.no_grad():
+        try:
+            for query in queries:
+                query.zero_()
+            with disabled(model):
+                plain = _outputs(model, call, AttnResBackend("eager"))
+            summing, own = _VerifyingBackend("sum"), _VerifyingBackend(None)
+            summed = _outputs(model, call, summing)
+            configured = _outputs(model, call, own)
+        finally:
+            for query, value in zip(queries, saved, strict=True):
+                query.copy_(value)
+    dtypes = [value.dtype for value in plain if value.is_floating_point()]
+    tolerance = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0) * _TOLERANCE_IN_EPSILONS
+    return Verification(
+        sites=summing.sites,
+        sum_difference=relative_difference(summed, plain),
+        difference=relative_difference(configured, plain),
+        aggregation=own.used,
+        tolerance=tolerance,
+    )
+
+
+def _outputs(model: nn.Module, call: Call, backend: AttnResBackend) -> list[Tensor]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    with torch.random.fork_rng():
+        output = torch.compile(_compat.with_own_code(forward), backend=backend)(*call.args, **call.kwargs)
+    return _compat.tensors_in(output)
+
+
+def relative_difference(outputs: list[Tensor], references: list[Tensor]) -> float:
+    """Largest difference of any two tensors, relative to the largest value of the reference."""
+    largest = 0.0
+    for output, reference in zip(outputs, references, strict=True):
+        if not reference.is_floating_point() or reference.numel() == 0:
+            continue
+        scale = reference.abs().max().item() or 1.0
+        largest = max(largest, (output.to(reference.dtype) - reference).abs().max().item() / scale)
+    return largest
