@@ -6,8 +6,10 @@ module, so a new PyTorch release is checked by reading this file.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +49,13 @@ def lookup_backend(name: str) -> Callable[..., Any]:
     return lookup(name)
 
 
+def is_backend(name: str) -> bool:
+    """Whether ``torch.compile`` knows a backend of this name."""
+    from torch._dynamo.backends.registry import list_backends
+
+    return name in list_backends(exclude_tags=None)
+
+
 def register_backend(name: str, backend: Callable[..., Any]) -> None:
     """Make ``torch.compile(backend=name)`` find ``backend``, unless an entry point already does."""
     from importlib.metadata import entry_points
@@ -74,15 +83,15 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     Dynamo caches compiled graphs, and counts recompilations, per code object. A copy keeps the caches
     of different models apart.
     """
-    copy = types.FunctionType(
+    new = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,
         function.__name__,
         function.__defaults__,
         function.__closure__,
     )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
+    new.__kwdefaults__ = function.__kwdefaults__
+    return new
 
 
 def unfused(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +110,8 @@ def unfused(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def compile_disabled() -> bool:
     """Whether ``torch.compile`` is switched off for this process."""
-    return bool(torch._dynamo.config.disable)
+    stance: Any = torch._dynamo.eval_frame._stance
+    return bool(torch._dynamo.config.disable) or stance.stance == "force_eager"
 
 
 def last_graph_break() -> str:
@@ -144,3 +154,23 @@ def size_hint(size: torch.SymInt) -> int:
 def is_jit_tracing() -> bool:
     """Whether ``torch.jit.trace`` is running the code that asks."""
     return bool(torch._C._get_tracing_state())
+
+
+def is_symbolically_tracing() -> bool:
+    """Whether ``torch.fx`` (``symbolic_trace``, ``make_fx``) is tracing the code that asks."""
+    from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+
+    return bool(is_fx_symbolic_tracing())
+
+
+def skip_frame(function: Callable[..., Any]) -> None:
+    """Let Dynamo leave a frame of ``function`` alone and look at the functions that it calls."""
+    torch._dynamo.eval_frame.skip_code(function.__code__)
+
+
+def copy_graph(graph: torch.fx.Graph) -> torch.fx.Graph:
+    """A copy of ``graph`` with its code generation, so with the calling convention of an exported program."""
+    with warnings.catch_warnings():
+        # Copying a pytree specification trips over a deprecation inside PyTorch itself.
+        warnings.simplefilter("ignore", FutureWarning)
+        return copy.deepcopy(graph)

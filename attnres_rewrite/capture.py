@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, cast
 
 import torch
@@ -12,7 +14,7 @@ from torch.fx import GraphModule
 
 from attnres_rewrite import _compat
 from attnres_rewrite.errors import ExampleInputsError, GraphBreakError, NotRewrittenError
-from attnres_rewrite.graph import module_stack
+from attnres_rewrite.graph import module_path, module_stack, normalise_path
 from attnres_rewrite.pipeline import find_streams
 
 ExampleInputs = Mapping[str, Any] | tuple[Any, ...] | torch.Tensor
@@ -128,28 +130,36 @@ def capture(model: nn.Module, call: Call) -> GraphModule:
     raise ExampleInputsError(f"{type(model).__name__} computes nothing from these example inputs")
 
 
-def _compiled(model: nn.Module, backend: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], backend: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return _compat.unfused(model, *args, **kwargs)
+        return _compat.unfused(function, *args, **kwargs)
 
     return torch.compile(_compat.with_own_code(forward), backend=backend, **options)
 
 
-def _run_plainly(model: nn.Module, call: Call) -> None:
-    """Run the model without Dynamo, to tell wrong inputs from a forward that cannot be traced."""
+@contextlib.contextmanager
+def _without_traces(model: nn.Module) -> Iterator[None]:
+    """Whatever runs in this context leaves the model's buffers and the random state as they were."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         with torch.random.fork_rng(), torch.no_grad():
+            yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+
+
+def _run_plainly(model: nn.Module, call: Call) -> None:
+    """Run the model without Dynamo, to tell wrong inputs from a forward that cannot be traced."""
+    try:
+        with _without_traces(model):
             call.run(model)
     except Exception as error:
         raise ExampleInputsError(
             f"{type(model).__name__} does not run on the example inputs {_describe(call)}: "
             f"{type(error).__name__}: {error}"
         ) from error
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
 
 
 def _describe(call: Call) -> str:
@@ -163,21 +173,76 @@ def _describe(call: Call) -> str:
 
 
 def _capture_around_breaks(model: nn.Module, call: Call, error: Exception) -> GraphModule:
-    graphs: list[GraphModule] = []
+    # One entry a run, not a graph: layers that are alike and run one by one share a graph.
+    runs: list[tuple[GraphModule, tuple[Any, ...]]] = []
 
-    def collect(module: GraphModule, _: list[Any]) -> Callable[..., Any]:
-        graphs.append(module)
-        return module.forward
+    def record(module: GraphModule, _: list[Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            runs.append((module, arguments))
+            return module.forward(*arguments)
 
-    with torch.random.fork_rng(), torch.no_grad():
-        _compiled(model, collect)(*call.args, **call.kwargs)
-    found = [(graph, streams) for graph in graphs if (streams := find_streams(graph).streams)]
-    if len(found) == 1 and not any(_shares_layers(found[0][0], other) for other in graphs if other is not found[0][0]):
-        return found[0][0]
-    raise GraphBreakError(
-        f"the forward of {type(model).__name__} breaks into {len(graphs)} graphs, and a residual stream "
-        f"runs through more than one of them, so it cannot be rewritten. Remove the graph break: {error}"
-    ) from error
+        return run
+
+    with _without_traces(model):
+        call.run(_compiled(model, record))
+    streams = {module: find_streams(module).streams for module, _ in runs}
+    found = [(module, arguments) for module, arguments in runs if streams[module]]
+    others = [module for module, _ in runs if not streams[module]]
+    if len(found) != 1 or any(_shares_layers(found[0][0], other) for other in others):
+        raise GraphBreakError(
+            f"the forward of {type(model).__name__} breaks into {len(runs)} graphs, and not one of them holds a "
+            f"whole residual stream, so none can be rewritten. Remove the graph break: {error}"
+        ) from error
+    module, arguments = found[0]
+    prefix = _add_prefix(model, module, arguments)
+    for stream in streams[module]:
+        _require_one_graph(model, f"{prefix}.{stream.owner}".strip("."), call)
+    return module
+
+
+def _add_prefix(model: nn.Module, module: GraphModule, arguments: tuple[Any, ...]) -> str:
+    """Name the modules in a graph of one of the model's inner calls as the model does; returns what was added.
+
+    After a graph break Dynamo starts anew in some inner forward, and names modules relative to it. Which
+    one it is can be told by the parameters that the graph is called with.
+    """
+    names = {id(parameter): name.rpartition(".")[0] for name, parameter in model.named_parameters()}
+    votes: collections.Counter[str] = collections.Counter()
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for placeholder, argument in zip(placeholders, arguments, strict=True):
+        known = names.get(id(argument))
+        for inner in {module_path(user) for user in placeholder.users} if known is not None else ():
+            if f".{known}".endswith(f".{inner}" if inner else ""):
+                votes[f".{known}".removesuffix(f".{inner}" if inner else "").strip(".")] += 1
+    prefix = votes.most_common(1)[0][0] if votes else ""
+    for node in module.graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        node.meta["nn_module_stack"] = {
+            key: (f"{prefix}.{normalise_path(path)}".strip("."), *kind) for key, (path, *kind) in stack.items()
+        }
+    return prefix
+
+
+def _require_one_graph(model: nn.Module, owner: str, call: Call) -> None:
+    """Raise GraphBreakError unless the forward of the owner of a stream is one graph.
+
+    A break beside the layers, but in the same forward, separates them from the AttnRes parameters too.
+    """
+    module = model.get_submodule(owner)
+    before = module.__dict__.get("forward")
+    module.forward = _compiled(module.forward, lambda graph, _: graph.forward, fullgraph=True)
+    try:
+        with _without_traces(model):
+            call.run(model)
+    except _compat.graph_break_types() as error:
+        raise GraphBreakError(
+            f"a graph break lies in the forward of module {owner or '(root)'!r}, which runs the layers, so "
+            f"these cannot be rewritten: remove it, or move what causes it out of that forward: {error}"
+        ) from error
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def _shares_layers(streams: GraphModule, other: GraphModule) -> bool:

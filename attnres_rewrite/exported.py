@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import cast
 
@@ -11,6 +10,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import GraphModule, Node
 
+from attnres_rewrite import _compat
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.graph import require_tensor
 from attnres_rewrite.passes import SiteParameters
@@ -27,7 +27,7 @@ def rewrite_exported(program: ExportedProgram, config: AttnResConfig) -> Exporte
     Raises:
         UnsupportedResidualError, NoResidualStreamError, BlockPartitionError: As in ``rewrite``.
     """
-    module = GraphModule(program.graph_module, copy.deepcopy(program.graph))
+    module = GraphModule(program.graph_module, _compat.copy_graph(program.graph))
     module.meta.update(program.graph_module.meta)
     analysis = analyse(module, config)
     binder = _Binder(program, module, config)

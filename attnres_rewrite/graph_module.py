@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite import _compat
@@ -42,7 +40,7 @@ def rewrite_graph_module(
 
 def with_metadata(module: GraphModule, example_inputs: ExampleInputs | None) -> GraphModule:
     """A copy of ``module`` over the same weights, whose nodes all carry fake values."""
-    new = GraphModule(module, copy.deepcopy(module.graph), class_name=type(module).__name__)
+    new = GraphModule(module, _compat.copy_graph(module.graph), class_name=type(module).__name__)
     new.meta.update(module.meta)
     for name, submodule in module.named_children():
         # Submodules that only higher-order operators refer to are not copied by the constructor.

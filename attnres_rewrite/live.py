@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -48,18 +49,36 @@ class AttnResSite(nn.Module):
 
 
 class AttnResSites(nn.ModuleList):
-    """All sites of one owner, in depth order, with the token of its anchor."""
+    """All sites of one owner, in depth order, with the token of its anchor.
+
+    Args:
+        sites: The sites.
+        state: That of the rewritten model.
+        owner: Name of the owner, for messages.
+    """
 
     token: Tensor
 
-    def __init__(self, sites: Sequence[AttnResSite]) -> None:
+    def __init__(self, sites: Sequence[AttnResSite], state: LiveState, owner: str) -> None:
         super().__init__(sites)
+        self.state, self.owner = state, owner
         device = sites[0].query.device
         self.register_buffer("token", torch.zeros(1, device=device), persistent=False)
 
     def flat(self) -> list[Tensor]:
         """Query and gain of every site, in the order in which the anchor takes them."""
         return [p for site in self for p in (site.query, site.gain) if p is not None]  # type: ignore[misc]
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As of every module, but not for ``torch.fx.symbolic_trace``.
+
+        It asks for the names of the root's modules and then runs the forward of the root's class, past
+        the live forward, so that this is where it can be stopped.
+        """
+        if self.state.enabled and _compat.is_symbolically_tracing():
+            raise NotRewrittenError(not_rewritten_message(self.owner))
+        named: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
+        return named
 
 
 class LiveState:
@@ -98,11 +117,12 @@ class LiveForward:
         self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layers with AttnRes; raises :class:`NotRewrittenError` where that cannot be."""
         if torch.compiler.is_dynamo_compiling():
             return self.run_layers(*args, **kwargs)
         if not self.state.enabled:
             return self.original(*args, **kwargs)
-        if _compat.is_jit_tracing() or torch.compiler.is_exporting() or _compat.compile_disabled():
+        if _is_traced() or torch.compiler.is_exporting() or _compat.compile_disabled():
             raise NotRewrittenError(not_rewritten_message(AnchorSpec.from_json(self.spec).owner))
         if self._compiled is None:
             self._compiled = self.state.compile(_run_layers)
@@ -127,6 +147,12 @@ class LiveForward:
         # Libraries look at the signature of forward to see which arguments a model takes.
         return inspect.signature(self.replaced or type(self.owner).forward.__get__(self.owner))
 
+    @property
+    def __code__(self) -> types.CodeType:
+        # torch.export looks at the code of a root's forward to tell the user's frames from its own.
+        code: types.CodeType = inspect.unwrap(self.replaced or type(self.owner).forward).__code__
+        return code
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled": None}
 
@@ -135,6 +161,32 @@ class LiveForward:
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return new
+
+
+class RootCall:
+    """The call of a model whose owners lie deeper, compiled: what surrounds them joins their graph."""
+
+    def __init__(self, model: nn.Module, state: LiveState, owner: str) -> None:
+        self.model, self.state, self.owner = model, state, owner
+        model.compile(backend=state.backend, **state.options, **_compat.isolated_compile_options())
+        self.compiled: Any = model._compiled_call_impl
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model; raises :class:`NotRewrittenError` for a tracer."""
+        if torch.compiler.is_dynamo_compiling() or not self.state.enabled:
+            return self.model._call_impl(*args, **kwargs)
+        if _is_traced():
+            raise NotRewrittenError(not_rewritten_message(self.owner))
+        return self.compiled(*args, **kwargs)
+
+
+# The compiler that looks at this frame, if any, is not this model's: the call inside brings its own.
+_compat.skip_frame(RootCall.__call__)
+
+
+def _is_traced() -> bool:
+    """Whether a tracer that cannot follow compiled code is looking."""
+    return _compat.is_jit_tracing() or _compat.is_symbolically_tracing()
 
 
 def _run_layers(forward: LiveForward, *args: Any, **kwargs: Any) -> Any:
@@ -163,12 +215,12 @@ def install(model: nn.Module, specs: Sequence[AnchorSpec], widths: Sequence[Sequ
         like = next((p for p in owner.parameters() if p.is_floating_point()), None)
         placing = {"device": like.device, "dtype": like.dtype} if like is not None else {}
         sites = [AttnResSite(width, gain=spec.config.key_gain, **placing) for width in site_widths]  # type: ignore[arg-type]
-        owner.attn_res = AttnResSites(sites)
+        owner.attn_res = AttnResSites(sites, state, spec.owner)
         owner.attn_res.train(owner.training)
         owner.forward = LiveForward(owner, spec, state)
     if not any(spec.owner == "" for spec in specs):
         # What surrounds the owners (embedding, head, loss) is compiled with them as one graph.
-        model.compile(backend=state.backend, **state.options, **_compat.isolated_compile_options())
+        model._compiled_call_impl = RootCall(model, state, specs[0].owner)
 
 
 def uninstall(model: nn.Module) -> None:

@@ -24,6 +24,8 @@ from attnres_rewrite.graph import tensor_of
 from attnres_rewrite.verification import relative_difference
 
 _TOLERANCE = 1e-4
+# A protobuf message holds at most 2 GiB; what is not weights takes a part of it.
+_LARGEST_FILE = 1_900_000_000
 
 
 class OnnxExportError(AttnResError):
@@ -196,9 +198,15 @@ def _convert(program: ExportedProgram, path: Path, opset_version: int) -> None:
             custom_translation_table=translation_table(),
             optimize=True,
             verbose=False,
+            external_data=_weight_bytes(program) > _LARGEST_FILE,
         )
     except Exception as error:
         raise OnnxExportError(f"torch.onnx.export failed: {error}") from error
+
+
+def _weight_bytes(program: ExportedProgram) -> int:
+    tensors = [*program.state_dict.values(), *(c for c in program.constants.values() if isinstance(c, Tensor))]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _compare(program: ExportedProgram, path: Path, call: Call) -> dict[tuple[int, ...], float]:

@@ -243,7 +243,7 @@ def _owner_and_scope(adds: list[Node]) -> tuple[str, str]:
 def _refusal(search: _Search, rejected: tuple[Rejected, ...]) -> AttnResError:
     chains = [[step.node for value in path for step in value.steps] for path in search.chains()]
     roots = [path[0].node for path in search.chains()]
-    found = explain_refusal(roots, chains, search.index)
+    found = explain_refusal(roots, chains, [r.node for r in rejected], search.index)
     if found is not None:
         return UnsupportedResidualError(f"{found.reason} (at {source_line(found.node)})")
     seen = "".join(f"\n  - {source_line(r.node)}: {r.reason}" for r in rejected[:8])

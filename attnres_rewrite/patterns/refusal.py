@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
-from attnres_rewrite.graph import data_inputs, op_name
+from attnres_rewrite.graph import data_inputs, depends_on, is_float_tensor, op_name
 from attnres_rewrite.patterns.base import Rejection
+from attnres_rewrite.patterns.transparent import through_transparent
 
 _NORMS = frozenset("layer_norm rms_norm native_layer_norm group_norm batch_norm rsqrt std var".split())
 _MIXERS = frozenset(
@@ -46,10 +47,58 @@ class PostNorm:
         return Rejection("no other chain of adds leads here", root)
 
 
+class GatedStream:
+    """The stream is multiplied by something that is computed from it.
+
+    ::
+
+        x ─┬─► gate ─► g ─► (*) ─► (+) ─► g * x + f(x)
+           ├────────────────┘       │
+           └─► sublayer ────────────┘
+
+    A gate is no linear map, so it does not distribute over the sources.
+    """
+
+    name = "gated stream"
+
+    def match(self, add: Node, index: dict[Node, int]) -> Node | Rejection:
+        """The multiplication by the gate, if ``add`` adds a branch to a gated stream."""
+        operands = [n for n in add.args[:2] if isinstance(n, Node)]
+        for product, branch in (operands, operands[::-1]) if len(operands) == 2 else ():
+            product = through_transparent(product)
+            factors = [n for n in product.args[:2] if isinstance(n, Node) and is_float_tensor(n)]
+            if op_name(product) != "mul" or len(factors) != 2:
+                continue
+            for stream, gate in (factors, factors[::-1]):
+                stream = through_transparent(stream)
+                if _computes_from(gate, stream, index) and _computes_from(branch, stream, index):
+                    return product
+        return Rejection("no operand is a gated stream", add)
+
+
+def _computes_from(node: Node, value: Node, index: dict[Node, int]) -> bool:
+    return node is not value and depends_on(node, value.__eq__, index[value], index)
+
+
 def explain_refusal(
-    roots: Sequence[Node], chains: Sequence[Sequence[Node]], index: dict[Node, int]
+    roots: Sequence[Node], chains: Sequence[Sequence[Node]], rejected: Sequence[Node], index: dict[Node, int]
 ) -> Rejection | None:
-    """The reason why chains of adds, of which none is a stream, are not one; ``None`` if none applies."""
+    """The reason why a graph without a stream has none; ``None`` if no known one applies.
+
+    Args:
+        roots: The first value of every chain of adds.
+        chains: The adds of every chain.
+        rejected: The adds that are on no chain.
+        index: The topological order.
+    """
+    gated = GatedStream()
+    for add in rejected:
+        if isinstance(product := gated.match(add, index), Node):
+            return Rejection(
+                "gated stream: the residual stream is multiplied by a gate that is computed from it, so the stream is "
+                "not a sum of branch outputs and Attention Residuals are not defined for it",
+                product,
+            )
     ends = {chain[-1] for chain in chains}
     pattern = PostNorm()
     for root in roots:
