@@ -8,19 +8,21 @@ Equation (arXiv:2603.15031, Block AttnRes), for sources ``v_i`` ``[..., D]``, qu
 
 Inner arithmetic is float32, or float64 if any input is; the result has the sources' promoted dtype.
 
-Query and gain are first folded into ``q = w * g``, so a row of a source is touched by two dot products, with itself
-and with ``q``, and by one weighted addition. No form stacks the sources, and the backward saves nothing but the
-inputs: it computes inverse RMS and logits again (compiled, the partitioner finds them in the forward and keeps those,
-one number per row and source).
+Query and gain are first folded into ``q = w * g``, so a row of a source is touched by two dot products, with
+itself and with ``q``, and by one weighted addition. No form stacks the sources. Autograd saves the inputs alone and
+the backward computes inverse RMS and logits again; compiled, the partitioner keeps those of the forward.
 
-Two forms exist. The *kernels* run in eager mode, source by source. The *expansions* are what Inductor fuses, and, being
-made of differentiable operators, what ``torch.func`` transforms and double backward use.
+The op exists in two forms. The *kernels* run in eager mode, source by source. The *expansions* are what Inductor
+fuses with its neighbours and, being made of differentiable operators, what ``torch.func`` transforms and double
+backward use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,9 +76,7 @@ def _check(sources: Sequence[Tensor], query: Tensor, gain: Tensor | None) -> Non
                 f"block_attn_res: sources[{i}] has shape {tuple(source.shape)} but sources[0] has {shape}; "
                 "all sources must have one shape"
             )
-    for name, vector in (("query", query), ("gain", gain)):
-        if vector is None:
-            continue
+    for name, vector in (("query", query), ("gain", query if gain is None else gain)):
         if not vector.dtype.is_floating_point:
             raise TypeError(f"block_attn_res: {name} is {vector.dtype}; it must be floating point")
         if tuple(vector.shape) != shape[-1:]:
@@ -84,11 +84,6 @@ def _check(sources: Sequence[Tensor], query: Tensor, gain: Tensor | None) -> Non
                 f"block_attn_res: {name} has shape {tuple(vector.shape)}; expected {shape[-1:]}, "
                 f"the last dimension of sources of shape {shape}"
             )
-
-
-def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if wide else torch.float32
 
 
 def _promoted_dtype(sources: Sequence[Tensor]) -> torch.dtype:
@@ -99,7 +94,9 @@ def _promoted_dtype(sources: Sequence[Tensor]) -> torch.dtype:
 
 
 def _folded_query(sources: Sequence[Tensor], query: Tensor, gain: Tensor | None) -> Tensor:
-    dtype = _compute_dtype(*sources, query, gain)
+    """Query times gain ``[D]``, in the dtype of the inner arithmetic."""
+    tensors = (*sources, query, *(() if gain is None else (gain,)))
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     return query.to(dtype) if gain is None else query.to(dtype) * gain.to(dtype)
 
 
@@ -113,30 +110,35 @@ def _query_grads(d_q: Tensor, query: Tensor, gain: Tensor | None, wanted: Sequen
     return grads
 
 
-# Expansions. What they are given decides how many loops Inductor's C++ backend makes. All row reductions of all sources
-# become one loop over D, the softmax over sources a loop over rows alone, the weighted sum another loop over D. The three
-# share one loop over rows (so that a row is still in cache when it is read for the second time) only if none of them
-# vectorises across rows, which the softmax would. Hence the two hints below, which change no value. Measured on CPU with
-# 9 sources, float32, 4096 rows of 1024: 1.3x instead of 2x the copy-bandwidth bound.
+# Expansions. On CPU, what they look like decides how many passes over memory Inductor's C++ makes. It turns the row
+# reductions of all sources into one loop over D, the softmax over the sources into a loop over rows, and the weighted
+# sum into another loop over D. These three share one outer loop over rows, so that a row is still in cache when it is
+# read for the second time, only if none of them vectorises across rows, which the softmax would. The hints below
+# prevent that and change no value: for 9 sources [4096, 1024] float32 the forward takes 1.4 times the copy-bandwidth
+# bound with them and 2.0 without (benchmarks/op.py). From 13 sources on Inductor splits the loops all the same.
+
+_Hint = Callable[[Tensor], Tensor]
 
 
 def _row_by_row(value: Tensor) -> Tensor:
-    """``value`` itself, computed in a way that Inductor's C++ does not vectorise: it has no int16 vectors."""
+    """``value`` itself, computed so that Inductor's C++ does not vectorise it: it knows no vectors of int16."""
     return value + torch.isnan(value).to(torch.int16)
 
 
-def _materialised(value: Tensor) -> Tensor:
-    """``value`` itself, stored in memory rather than computed again wherever it is read."""
+def _stored(value: Tensor) -> Tensor:
+    """``value`` itself, kept in memory by Inductor, not computed again wherever it is read."""
     return value.as_strided(value.size(), value.stride())
 
 
-def _same(value: Tensor) -> Tensor:
+def _unchanged(value: Tensor) -> Tensor:
     return value
 
 
-def _in_compute_dtype(
-    sources: Sequence[Tensor], query: Tensor, gain: Tensor | None
-) -> tuple[list[Tensor], Tensor]:
+def _hints(for_inductor: bool, device: torch.device) -> tuple[_Hint, _Hint]:
+    return (_row_by_row, _stored) if for_inductor and device.type == "cpu" else (_unchanged, _unchanged)
+
+
+def _in_compute_dtype(sources: Sequence[Tensor], query: Tensor, gain: Tensor | None) -> tuple[list[Tensor], Tensor]:
     q = _folded_query(sources, query, gain)
     return [source.to(q.dtype) for source in sources], q
 
@@ -148,7 +150,7 @@ def _scores(rows: Sequence[Tensor], q: Tensor, eps: float, scale: float) -> tupl
     return inverse_rms, [dot * inv * scale for dot, inv in zip(dots, inverse_rms, strict=True)]
 
 
-def _weights(logits: Sequence[Tensor], total: float, row_by_row: Any = _same) -> list[Tensor]:
+def _weights(logits: Sequence[Tensor], total: float, row_by_row: _Hint = _unchanged) -> list[Tensor]:
     """Softmax over the list, times ``total``: exactly 1 each if the logits are equal and ``total`` is their number."""
     peak = logits[0]
     for logit in logits[1:]:
@@ -179,12 +181,11 @@ def _expand_forward(
     for_inductor: bool = False,
 ) -> Tensor:
     _check(sources, query, gain)
-    hints = for_inductor and sources[0].device.type == "cpu"
-    row_by_row, materialised = (_row_by_row, _materialised) if hints else (_same, _same)
+    row_by_row, stored = _hints(for_inductor, sources[0].device)
     rows, q = _in_compute_dtype(sources, query, gain)
     logits = [row_by_row(logit) for logit in _scores(rows, q, eps, scale)[1]]
     weights = _weights(logits, float(len(rows)) if sum_ else 1.0, row_by_row)
-    out = _weighted_sum(rows, [materialised(weight) for weight in weights])
+    out = _weighted_sum(rows, [stored(weight) for weight in weights])
     return out.to(_promoted_dtype(sources)).contiguous()
 
 
@@ -200,8 +201,7 @@ def _expand_backward(
     *,
     for_inductor: bool = False,
 ) -> list[Tensor]:
-    hints = for_inductor and sources[0].device.type == "cpu"
-    row_by_row, materialised = (_row_by_row, _materialised) if hints else (_same, _same)
+    row_by_row, stored = _hints(for_inductor, sources[0].device)
     n, total = len(sources), float(len(sources)) if sum_ else 1.0
     rows, q = _in_compute_dtype(sources, query, gain)
     d_out = grad.to(q.dtype)
@@ -211,31 +211,29 @@ def _expand_backward(
     d_weights = [(d_out * row).sum(-1, keepdim=True) for row in rows]
     mean = row_by_row(_weighted_sum(d_weights, weights) / total)
     d_logits = [weight * (d_weight - mean) for weight, d_weight in zip(weights, d_weights, strict=True)]
-    on_query = [materialised(d * inv * scale) for d, inv in zip(d_logits, inverse_rms, strict=True)]
+    on_query = [stored(d * inv * scale) for d, inv in zip(d_logits, inverse_rms, strict=True)]
 
     grads: list[Tensor] = []
-    for i in (i for i in range(n) if wanted[i]):
-        on_row = materialised(d_logits[i] * logits[i] * inverse_rms[i].square() / q.shape[0])
-        d_row = d_out * materialised(weights[i]) + on_query[i] * q - rows[i] * on_row
-        grads.append(d_row.to(sources[i].dtype).contiguous())
+    for i, source in enumerate(sources):
+        if wanted[i]:
+            on_row = stored(d_logits[i] * logits[i] * inverse_rms[i].square() / q.shape[0])
+            d_row = d_out * stored(weights[i]) + on_query[i] * q - rows[i] * on_row
+            grads.append(d_row.to(source.dtype).contiguous())
     if any(wanted[n:]):
         d_rows = _weighted_sum(rows, on_query).reshape(-1, q.shape[0])
         if for_inductor and n > 2:
-            # One write and one read of [rows, D] instead of another read of every source.
-            d_rows = _materialised(d_rows)
+            # This reduction runs over rows and has a loop of its own: let it read one tensor, not every source again.
+            # (Measured, too: a matrix-vector product or a reduction per source, 1.2 to 2 times as slow in all.)
+            d_rows = _stored(d_rows)
         grads += _query_grads(d_rows.sum(0), query, gain, wanted[n:])
     return grads
 
 
-# Kernels for eager mode.
+# Kernels, for eager mode.
 
 
 def _flat(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).reshape(-1, tensor.shape[-1])
-
-
-def _no_autocast(tensor: Tensor) -> torch.autocast:
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _flat_scores(sources: Sequence[Tensor], q: Tensor, eps: float, scale: float) -> tuple[Tensor, Tensor]:
@@ -250,12 +248,11 @@ def _flat_scores(sources: Sequence[Tensor], q: Tensor, eps: float, scale: float)
     return inverse_rms, logits.mul_(inverse_rms).mul_(scale)
 
 
-@torch.library.impl(_FORWARD, "CompositeExplicitAutograd")
 def _forward(
     sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, eps: float, scale: float, sum_: bool
 ) -> Tensor:
     _check(sources, query, gain)
-    with _no_autocast(query):
+    with torch.autocast(query.device.type, enabled=False):
         q = _folded_query(sources, query, gain)
         _, logits = _flat_scores(sources, q, eps, scale)
         weights = _weights(logits.unsqueeze(-1).unbind(0), float(len(sources)) if sum_ else 1.0)
@@ -265,7 +262,6 @@ def _forward(
         return out.to(_promoted_dtype(sources)).view(sources[0].shape)
 
 
-@torch.library.impl(_BACKWARD, "CompositeExplicitAutograd")
 def _backward(
     grad: Tensor,
     sources: Sequence[Tensor],
@@ -277,7 +273,7 @@ def _backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     n, total = len(sources), float(len(sources)) if sum_ else 1.0
-    with _no_autocast(query):
+    with torch.autocast(query.device.type, enabled=False):
         q = _folded_query(sources, query, gain)
         inverse_rms, logits = _flat_scores(sources, q, eps, scale)
         weights = torch.softmax(logits, 0).mul_(total)
@@ -302,7 +298,6 @@ def _backward(
         return grads + _query_grads(d_q, query, gain, wanted[n:])
 
 
-@torch.library.register_fake(_FORWARD)
 def _fake_forward(
     sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, eps: float, scale: float, sum_: bool
 ) -> Tensor:
@@ -310,13 +305,11 @@ def _fake_forward(
     return sources[0].new_empty(sources[0].shape, dtype=_promoted_dtype(sources))
 
 
-@torch.library.register_fake(_BACKWARD)
 def _fake_backward(
     grad: Tensor, sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, *settings: Any
 ) -> list[Tensor]:
-    wanted = settings[-1]
-    inputs = (*sources, query, gain)
-    return [t.new_empty(t.shape) for t, want in zip(inputs, wanted, strict=True) if want and t is not None]
+    asked = zip((*sources, query, gain), settings[-1], strict=True)
+    return [tensor.new_empty(tensor.shape) for tensor, want in asked if want and tensor is not None]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -327,22 +320,31 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     n, saved = ctx.n_sources, ctx.saved_tensors
-    sources, query, gain = list(saved[:n]), saved[n], saved[n + 1] if len(saved) > n + 1 else None
+    gain = saved[n + 1] if len(saved) > n + 1 else None
     on_sources, on_query, on_gain, *_ = ctx.needs_input_grad
     wanted = [*on_sources, on_query, gain is not None and on_gain]
     # Under create_graph the gradients must be differentiable themselves.
-    backward = _expand_backward if torch.is_grad_enabled() else torch.ops.attnres.block_attn_res_backward
-    grads = iter(backward(grad, sources, query, gain, *ctx.settings, wanted))
+    backward: Any = _expand_backward if torch.is_grad_enabled() else torch.ops.attnres.block_attn_res_backward
+    grads = iter(backward(grad, list(saved[:n]), saved[n], gain, *ctx.settings, wanted))
     by_input = [next(grads) if want else None for want in wanted]
     return by_input[:n], by_input[n], by_input[n + 1], None, None, None
 
 
-torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_setup_context)
-# Under a torch.func transform the op is its expansion, which vmap, grad and jvp see through.
-torch.library.impl(_FORWARD, "FuncTorchDynamicLayerFrontMode")(_expand_forward)
-register_inductor_decomposition(
-    torch.ops.attnres.block_attn_res.default, partial(_expand_forward, for_inductor=True)
-)
-register_inductor_decomposition(
-    torch.ops.attnres.block_attn_res_backward.default, partial(_expand_backward, for_inductor=True)
-)
+def _register() -> None:
+    torch.library.impl(_FORWARD, "CompositeExplicitAutograd", _forward)
+    torch.library.impl(_BACKWARD, "CompositeExplicitAutograd", _backward)
+    torch.library.register_fake(_FORWARD, _fake_forward)
+    torch.library.register_fake(_BACKWARD, _fake_backward)
+    torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_setup_context)
+    # Under a torch.func transform the op is its expansion, which vmap, grad and jvp see through.
+    torch.library.impl(_FORWARD, "FuncTorchDynamicLayerFrontMode", _expand_forward)
+
+    ops = torch.ops.attnres
+    register_inductor_decomposition(ops.block_attn_res.default, partial(_expand_forward, for_inductor=True))
+    register_inductor_decomposition(ops.block_attn_res_backward.default, partial(_expand_backward, for_inductor=True))
+    # torch.compile's caches on disk know an op by name alone; code made from another expansion must not be found.
+    revision = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    torch.compiler.config.cache_key_tag += f"attnres-{revision}"
+
+
+_register()

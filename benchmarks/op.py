@@ -1,0 +1,160 @@
+"""The operator against the copy-bandwidth bound and against the stack-and-einsum form.
+
+The bound is the time that copying would take for the bytes that must move: forward reads n sources and writes one
+result; backward reads n sources and one gradient and writes n gradients. All contestants and the copy take turns in
+one process, so that what else the machine does hits them alike; figures are medians, and ratios are what counts.
+
+    python benchmarks/op.py [--device cuda] [--repeats 15] [--sources 9 3]
+
+On CPU, memory that is freed stays with the process (as it does with CUDA's caching allocator); otherwise every result
+of 16 MiB costs page faults that take longer than the operator. ``--default-allocator`` leaves them in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _environment import environment, write_results
+from torch import Tensor
+
+import attnres_rewrite.op  # noqa: F401 (registers the operator)
+
+RESULTS = Path(__file__).parent / "results" / "op.json"
+EPS = 1e-6
+Form = Callable[[list[Tensor], Tensor, Tensor], Tensor]
+
+
+def op(sources: list[Tensor], query: Tensor, gain: Tensor) -> Tensor:
+    return torch.ops.attnres.block_attn_res(sources, query, gain, EPS, 1.0, False)
+
+
+def stack_and_einsum(sources: list[Tensor], query: Tensor, gain: Tensor) -> Tensor:
+    """The paper's listing: sources stacked to [n, rows, D]."""
+    values = torch.stack(sources)
+    keys = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + EPS) * gain
+    alpha = torch.softmax(torch.einsum("d,nrd->nr", query, keys), 0)
+    return torch.einsum("nr,nrd->rd", alpha, values)
+
+
+def steps(form: Form, sources: list[Tensor], query: Tensor, gain: Tensor) -> dict[str, Callable[[], Any]]:
+    leaves = [*sources, query, gain]
+    d_out = torch.randn_like(sources[0])
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return form(sources, query, gain)
+
+    def forward_backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(form(sources, query, gain), leaves, d_out)
+
+    return {"forward": forward, "forward+backward": forward_backward}
+
+
+def medians(contestants: dict[Any, Callable[[], Any]], repeats: int, device: str) -> dict[Any, float]:
+    """Seconds per call, the contestants taking turns."""
+    times: dict[Any, list[float]] = {name: [] for name in contestants}
+    for turn in range(repeats + 2):
+        for name, call in contestants.items():
+            start = time.perf_counter()
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn >= 2:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(n: int, rows: int, width: int, dtype: torch.dtype, options: argparse.Namespace) -> dict[str, Any]:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    make = {"device": options.device, "dtype": dtype}
+    sources = [torch.randn(rows, width, **make).requires_grad_() for _ in range(n)]
+    query = (torch.randn(width, **make) / width**0.5).requires_grad_()
+    gain = torch.ones(width, **make).requires_grad_()
+    forms: dict[str, Form] = {
+        "op, compiled": torch.compile(op),
+        "op, eager": op,
+        "einsum, compiled": torch.compile(stack_and_einsum),
+        "einsum, eager": stack_and_einsum,
+    }
+    contestants: dict[Any, Callable[[], Any]] = {}
+    expected = stack_and_einsum([source.double() for source in sources], query.double(), gain.double()).to(dtype)
+    tolerance = 16 * torch.finfo(dtype).eps
+    for name, form in forms.items():
+        torch.testing.assert_close(form(sources, query, gain), expected, rtol=tolerance, atol=tolerance)
+        for step, call in steps(form, sources, query, gain).items():
+            contestants[name, step] = call
+    origin = torch.randn(8 * rows, width, **make)
+    target = torch.empty_like(origin)
+    contestants["copy", ""] = lambda: target.copy_(origin)
+
+    found = medians(contestants, options.repeats, options.device)
+    bandwidth = 2 * origin.nbytes / found.pop(("copy", ""))
+    moved = {"forward": n + 1, "forward+backward": 3 * n + 2}
+    result: dict[str, Any] = {"sources": n, "rows": rows, "width": width, "dtype": str(dtype).removeprefix("torch.")}
+    result |= {"copy_GB_per_s": round(bandwidth / 1e9, 1), "steps": {}}
+    for step, tensors in moved.items():
+        bound = tensors * sources[0].nbytes / bandwidth
+        result["steps"][step] = {
+            "bound_ms": round(bound * 1e3, 3),
+            "ms": {name: round(found[name, step] * 1e3, 3) for name in forms},
+            "times_bound": {name: round(found[name, step] / bound, 2) for name in forms},
+        }
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    print(
+        "\n{sources} sources [{rows}, {width}] {dtype}, copy bandwidth {copy_GB_per_s} GB/s".format(**result),
+        flush=True,
+    )
+    for step, figures in result["steps"].items():
+        print(f"  {step}: bound {figures['bound_ms']:.2f} ms")
+        for name, milliseconds in figures["ms"].items():
+            print(f"    {name:18s} {milliseconds:9.2f} ms  {figures['times_bound'][name]:6.2f} x bound")
+
+
+def keep_freed_memory() -> bool:
+    """Ask glibc not to return freed memory to the system; False where there is no glibc."""
+    trim_threshold, mmap_max = -1, -4
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return False
+    return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2**31 - 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    # Most sources first: the heap grows to its full size before anything is compared.
+    parser.add_argument("--sources", type=int, nargs="+", default=[9, 3])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, help="CPU threads; one, if other processes use the cores")
+    parser.add_argument("--default-allocator", action="store_true", help="do not keep freed memory (CPU)")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    kept = options.device == "cpu" and not options.default_allocator and keep_freed_memory()
+    sizes = [(4096, 1024, torch.float32)]
+    if options.device == "cuda":
+        sizes += [(32768, 1024, torch.float32), (32768, 1024, torch.bfloat16), (16384, 4096, torch.bfloat16)]
+    results = []
+    for size in sizes:
+        for n in options.sources:
+            results.append(measure(n, *size, options))
+            show(results[-1])
+    found = {"environment": environment(), "device": options.device, "repeats": options.repeats}
+    write_results(options.out, found | {"freed_memory_kept": kept, "results": results})
+
+
+if __name__ == "__main__":
+    main()
