@@ -163,11 +163,6 @@ def is_symbolically_tracing() -> bool:
     return bool(is_fx_symbolic_tracing())
 
 
-def skip_frame(function: Callable[..., Any]) -> None:
-    """Let Dynamo leave a frame of ``function`` alone and look at the functions that it calls."""
-    torch._dynamo.eval_frame.skip_code(function.__code__)
-
-
 def copy_graph(graph: torch.fx.Graph) -> torch.fx.Graph:
     """A copy of ``graph`` with its code generation, so with the calling convention of an exported program."""
     with warnings.catch_warnings():

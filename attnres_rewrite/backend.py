@@ -47,6 +47,8 @@ class AttnResBackend:
     ) -> None:
         if not (isinstance(inner, str) or callable(inner)):
             raise TypeError(f"inner must be a backend's name or a callable, not {type(inner).__name__}")
+        if isinstance(inner, str) and not _compat.is_backend(inner):
+            raise ValueError(f"there is no backend {inner!r}: torch.compiler.list_backends() lists them")
         self.inner, self.mode, self.options, self.plain_streams = inner, mode, options, plain_streams
         self.__name__ = "attnres"
 

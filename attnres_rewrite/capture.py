@@ -119,7 +119,8 @@ def capture(model: nn.Module, call: Call) -> GraphModule:
         return stopped
 
     try:
-        _compiled(model, stop, fullgraph=True)(*call.args, **call.kwargs)
+        with _without_cache_on_meta(model):
+            call.run(_compiled(model, stop, fullgraph=True))
     except _Captured as captured:
         return captured.module
     except Exception as error:
@@ -135,6 +136,21 @@ def _compiled(function: Callable[..., Any], backend: Callable[..., Any], **optio
         return _compat.unfused(function, *args, **kwargs)
 
     return torch.compile(_compat.with_own_code(forward), backend=backend, **options)
+
+
+@contextlib.contextmanager
+def _without_cache_on_meta(model: nn.Module) -> Iterator[None]:
+    """Hugging Face's key-value cache makes tensors that Dynamo cannot follow where the model is on meta."""
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()] if on_meta else []
+    caching = [config for config in configs if getattr(config, "use_cache", None)]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
 
 
 @contextlib.contextmanager

@@ -180,10 +180,6 @@ class RootCall:
         return self.compiled(*args, **kwargs)
 
 
-# The compiler that looks at this frame, if any, is not this model's: the call inside brings its own.
-_compat.skip_frame(RootCall.__call__)
-
-
 def _is_traced() -> bool:
     """Whether a tracer that cannot follow compiled code is looking."""
     return _compat.is_jit_tracing() or _compat.is_symbolically_tracing()

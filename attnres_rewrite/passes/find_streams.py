@@ -210,7 +210,7 @@ class _Search:
             return False
         following = [s for b in outer.branches for s in b.adds if self.index[s.node] > self.index[last]]
         operand = following[0].operand if following else None
-        return isinstance(operand, Node) and depends_on(operand, last.__eq__, index[last], index)
+        return isinstance(operand, Node) and depends_on(operand, lambda node: node is last, index[last], index)
 
 
 def reads_of(value: Node, on_path: set[Node]) -> list[Node]:

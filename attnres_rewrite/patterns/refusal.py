@@ -77,7 +77,7 @@ class GatedStream:
 
 
 def _computes_from(node: Node, value: Node, index: dict[Node, int]) -> bool:
-    return node is not value and depends_on(node, value.__eq__, index[value], index)
+    return node is not value and depends_on(node, lambda other: other is value, index[value], index)
 
 
 def explain_refusal(

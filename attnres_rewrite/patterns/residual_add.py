@@ -50,7 +50,8 @@ class ResidualAdd:
         """The operands of the add ``node``."""
         if not is_add(node):
             return Rejection("not an add", node)
-        left, right = (*node.args, node.kwargs.get("other"))[:2]
+        named = [node.kwargs[key] for key in ("input", "other") if key in node.kwargs]
+        left, right = [*node.args, *named, None][:2]
         alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
         if not (isinstance(left, Node) and isinstance(right, Node)):
             return Rejection("one operand is a number", node)

@@ -1,0 +1,109 @@
+"""Layers into blocks: the arithmetic for every size, and what becomes of it in a real model."""
+
+from itertools import accumulate, pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from models import ARCHITECTURES, gpt2, llama
+
+import attnres_rewrite as ar
+from attnres_rewrite.config import partition_layers
+
+
+@given(layers=st.integers(1, 300), data=st.data())
+def test_exactly_n_groups_whose_sizes_differ_by_at_most_one(layers, data) -> None:
+    blocks = data.draw(st.integers(1, layers))
+    sizes = partition_layers(layers, blocks=blocks)
+    assert len(sizes) == blocks
+    assert sum(sizes) == layers
+    assert min(sizes) >= 1
+    assert max(sizes) - min(sizes) <= 1
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@given(layers=st.integers(1, 300), data=st.data())
+def test_groups_of_k_layers_and_the_last_takes_what_remains(layers, data) -> None:
+    size = data.draw(st.integers(1, layers))
+    sizes = partition_layers(layers, layers_per_block=size)
+    starts = [0, *accumulate(sizes)]
+    assert starts == [*range(0, layers, size), layers]
+
+
+def test_released_models() -> None:
+    assert partition_layers(93, layers_per_block=12) == [12] * 7 + [9]
+    assert partition_layers(10, blocks=4) == [3, 3, 2, 2]
+    assert partition_layers(32, blocks=8) == [4] * 8
+
+
+@given(layers=st.integers(1, 300), extra=st.integers(1, 50))
+def test_more_blocks_than_layers(layers, extra) -> None:
+    with pytest.raises(ar.BlockPartitionError, match=f"only {layers} layers.*choose at most {layers}, or blocks="):
+        partition_layers(layers, blocks=layers + extra)
+    with pytest.raises(ar.BlockPartitionError, match=f"only {layers} layers: choose at most {layers}"):
+        partition_layers(layers, layers_per_block=layers + extra)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "8", None])
+def test_what_is_no_count(value) -> None:
+    if value is not None:
+        with pytest.raises(ar.BlockPartitionError, match=f'must be a positive integer, or "full", not {value!r}'):
+            ar.AttnResConfig(blocks=value)
+        with pytest.raises(ar.BlockPartitionError, match="layers_per_block must be a positive integer, not"):
+            ar.AttnResConfig(layers_per_block=value)
+    with pytest.raises(ar.BlockPartitionError):
+        ar.AttnResConfig(blocks={"model": value})
+
+
+LAYERS = 7
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({"blocks": 1}, [7]),
+        ({"blocks": 3}, [3, 2, 2]),
+        ({"blocks": 4}, [2, 2, 2, 1]),
+        ({"blocks": 7}, [1] * 7),
+        ({"layers_per_block": 3}, [3, 3, 1]),
+    ],
+    ids=str,
+)
+def test_blocks_of_a_model_hold_whole_layers(options, sizes) -> None:
+    (stream,) = ar.explain(llama(LAYERS), config=ar.AttnResConfig(**options)).streams
+    layers = [f"model.layers.{i}" for i in range(LAYERS)]
+    starts = [0, *accumulate(sizes)]
+    assert stream.layers == tuple(layers)
+    expected = [tuple(layers[a:b]) for a, b in pairwise(starts)]
+    assert list(stream.blocks) == expected
+    # b_0 and the complete blocks, and the partial of the open block once it has a branch output: two of a
+    # layer's branches belong to the same block, whose first read is of complete blocks alone.
+    assert list(stream.sources) == [n + 2 for n, size in enumerate(sizes) for _ in range(2 * size)]
+
+
+def test_full_makes_every_branch_output_a_block() -> None:
+    (stream,) = ar.explain(llama(LAYERS), "full").streams
+    assert stream.sources == tuple(range(2, 2 * LAYERS + 2))
+    assert len(stream.blocks) == 2 * LAYERS
+    assert stream.blocks[:2] == (("model.layers.0",), ("model.layers.0",))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_has_its_layers_and_branches(name) -> None:
+    architecture = ARCHITECTURES[name]
+    report = ar.explain(architecture.make(LAYERS), 3, example_inputs=architecture.inputs(2, 9))
+    (stream,) = report.streams
+    assert stream.owner == architecture.owner
+    assert [layer.rsplit(".", 1)[-1] for layer in stream.layers] == [str(i) for i in range(LAYERS)]
+    assert stream.branches == LAYERS * architecture.sites_per_layer
+    assert [len(block) for block in stream.blocks] == [3, 2, 2]
+    assert report.added == 2 * stream.width * stream.branches
+
+
+def test_blocks_by_owner() -> None:
+    (stream,) = ar.explain(gpt2(3), {"transformer": 2}).streams
+    assert len(stream.blocks) == 2
+    with pytest.raises(ar.BlockPartitionError, match="in module 'transformer': give it a number of blocks too"):
+        ar.explain(gpt2(3), {"encoder": 2})
+    with pytest.raises(ar.NoResidualStreamError, match=r"streams names \['encoder'\].*in modules \['transformer'\]"):
+        ar.explain(gpt2(3), 2, config=ar.AttnResConfig(streams=("encoder",)))

@@ -1,0 +1,150 @@
+"""The public surface, pinned by name: a change here is a change for users."""
+
+import dataclasses
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import attnres_rewrite as ar
+
+ROOT = Path(__file__).parent.parent
+
+FUNCTIONS = {
+    "attnres_parameters": ["model"],
+    "depth_attention": ["model", "example_inputs"],
+    "disabled": ["model"],
+    "explain": ["model", "blocks", "example_inputs", "config"],
+    "export_onnx": ["model", "path", "example_inputs", "dynamic_shapes"],
+    "rewrite": ["model", "blocks", "example_inputs", "config", "backend", "compile_options"],
+    "undo": ["model"],
+    "verify": ["model", "example_inputs"],
+}
+CLASSES = {"AttnResBackend", "AttnResConfig", "DepthAttention", "OnnxExport", "Report", "Verification"}
+ERRORS = {
+    "AttnResError": RuntimeError,
+    "BlockPartitionError": ValueError,
+    "ExampleInputsError": ValueError,
+    "GraphBreakError": ar.AttnResError,
+    "NoResidualStreamError": ar.AttnResError,
+    "NotRewrittenError": ar.AttnResError,
+    "OnnxExportError": ar.AttnResError,
+    "UnsupportedResidualError": ar.AttnResError,
+}
+
+
+def test_names() -> None:
+    assert set(ar.__all__) == FUNCTIONS.keys() | CLASSES | ERRORS.keys()
+    assert ar.__all__ == sorted(ar.__all__)
+    assert all(hasattr(ar, name) for name in ar.__all__)
+    assert isinstance(ar.__version__, str)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_signatures(name) -> None:
+    parameters = list(inspect.signature(getattr(ar, name)).parameters)
+    assert parameters[: len(FUNCTIONS[name])] == FUNCTIONS[name]
+
+
+@pytest.mark.parametrize("name", ar.__all__)
+def test_every_public_name_is_documented_and_not_shadowed_by_a_module(name) -> None:
+    value = getattr(ar, name)
+    assert inspect.isfunction(value) or inspect.isclass(value)
+    assert len(inspect.getdoc(value) or "") > 40
+    assert not (ROOT / "attnres_rewrite" / f"{name}.py").exists()
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name) -> None:
+    error = getattr(ar, name)
+    assert issubclass(error, ar.AttnResError)
+    assert issubclass(error, ERRORS[name])
+    assert issubclass(error, RuntimeError)
+
+
+def test_configuration() -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(ar.AttnResConfig)}
+    assert defaults == {
+        "blocks": 8,
+        "layers_per_block": None,
+        "aggregation": "mean",
+        "eps": 1e-6,
+        "scale": 1.0,
+        "key_gain": True,
+        "schedule": "auto",
+        "streams": None,
+    }
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ar.AttnResConfig().blocks = 3
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ar.AttnResConfig(),
+        ar.AttnResConfig("full", aggregation="sum", eps=0.0, scale=0.5, key_gain=False),
+        ar.AttnResConfig({"encoder": 2, "decoder": "full"}, streams=("encoder", "decoder")),
+        ar.AttnResConfig(layers_per_block=12),
+    ],
+)
+def test_configuration_as_json(config) -> None:
+    assert ar.AttnResConfig.from_json(config.to_json()) == config
+    assert json.loads(config.to_json())["eps"] == config.eps
+
+
+def test_the_backend_is_registered_and_the_op_is_there() -> None:
+    assert "attnres" in torch.compiler.list_backends()
+    arguments = "Tensor[] sources, Tensor query, Tensor? gain, float eps, float scale, bool sum"
+    assert str(torch.ops.attnres.block_attn_res.default._schema) == f"attnres::block_attn_res({arguments}) -> Tensor"
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    variables = {**os.environ, "PYTHONPATH": path, **environment}
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=True)
+
+
+REWRITE = "import attnres_rewrite as ar; from models import *; ar.rewrite(Tower(4), 2, example_inputs=embeddings())"
+
+
+def test_the_passes_log_what_they_did() -> None:
+    done = run_python(REWRITE, TORCH_LOGS="+attnres_rewrite.passes")
+    for line in (
+        "InlineRegions: 0 changed in",
+        "ResolveInplaceAdds: 0 changed in",
+        "FindStreams: 1 streams with [8] branches, 0 adds rejected in",
+        "GroupLayers: stream '': 4 layers in 2 blocks in",
+    ):
+        assert line in done.stderr
+    assert done.stdout == ""
+
+
+def test_silence_without_being_asked() -> None:
+    done = run_python(REWRITE)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_importing_the_package_imports_no_optional_dependency() -> None:
+    code = "import sys, attnres_rewrite; print([m for m in sys.modules if '.' not in m])"
+    modules = run_python(code).stdout
+    for name in ("transformers", "onnx", "onnxscript", "onnxruntime", "matplotlib", "typer", "rich", "accelerate"):
+        assert f"'{name}'" not in modules
+
+
+def test_private_torch_modules_are_named_in_one_file() -> None:
+    """DESIGN: a new PyTorch release is checked by reading `_compat.py`."""
+    private = ("torch._dynamo.", "torch._inductor.", "torch._functorch.", "from torch._dynamo", "import torch._")
+    found = [
+        f"{path.name}: {line.strip()}"
+        for path in (ROOT / "attnres_rewrite").rglob("*.py")
+        if path.name != "_compat.py"
+        for line in path.read_text().splitlines()
+        if any(name in line for name in private) and not line.strip().startswith(("#", '"', "'", 'f"', "causes"))
+    ]
+    assert found == []
