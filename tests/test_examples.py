@@ -1,0 +1,94 @@
+"""Every example runs as a script and shows what it says."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import attnres_rewrite
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, EXAMPLES / name, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def difference(text: str, pattern: str) -> float:
+    match = re.search(pattern, text)
+    assert match, text
+    return float(match[1])
+
+
+def test_train():
+    text = run("train.py", "--steps", "12", "--backend", "eager")
+    assert "12 branch outputs, 12 sites" in text
+    assert "verification passed" in text
+    losses = [float(loss) for loss in re.findall(r"step +\d+  loss ([\d.]+)", text)]
+    assert len(losses) == 12
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_compile_backend():
+    text = run("compile_backend.py", "--inner", "eager")
+    assert re.search(r"inner backend: \d+ nodes, 4 of them AttnRes sites", text), text
+    # Logits are of size one, and inductor reorders float32 sums.
+    assert difference(text, r"by object: largest difference (\S+)") < 1e-5
+    assert difference(text, r"uncompiled: largest difference (\S+)") < 1e-5
+    assert difference(text, r"plain residuals: largest difference (\S+)") > 0.1
+
+
+def test_export_onnx():
+    text = run("export_onnx.py")
+    assert difference(text, r"largest relative difference (\S+)") < 1e-4
+    assert "logits [3, 24, 256]" in text
+    assert difference(text, r"256\], (\S+) from PyTorch") < 1e-4
+
+
+def test_graph_module():
+    text = run("graph_module.py")
+    assert "6 layers, 12 branch outputs, 12 sites" in text
+    assert difference(text, r"zero queries: (\S+) from") < 1e-3
+    # A gain has no gradient while its query is zero.
+    assert "gradients reach 12 AttnRes parameters" in text
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_examples_stay_short(path):
+    assert len(path.read_text().splitlines()) < 60
+
+
+def test_the_code_in_the_readme_runs(tmp_path, monkeypatch):
+    readme = EXAMPLES.parent.joinpath("README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    blocks = re.findall(r"^```python\n(.*?)^```$", readme, flags=re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["logits"].shape == (3, 40, 256)
+
+
+def test_the_readme_names_everything_public():
+    readme = EXAMPLES.parent.joinpath("README.md").read_text()
+    errors = {name for name in attnres_rewrite.__all__ if name.endswith("Error")}
+    results = {"DepthAttention", "OnnxExport", "Report", "Verification"}
+    for name in set(attnres_rewrite.__all__) - errors - results:
+        assert f"`{name}(" in readme, name
+
+
+def test_every_link_in_the_readme_leads_somewhere():
+    readme = EXAMPLES.parent.joinpath("README.md").read_text()
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", readme) if not target.startswith("http")]
+    assert len(targets) > 5
+    for target in targets:
+        assert (EXAMPLES.parent / target).exists(), target
+
+
+def test_every_example_is_tested():
+    tested = set(re.findall(r'run\("(\w+\.py)"', Path(__file__).read_text()))
+    assert tested == {path.name for path in EXAMPLES.glob("*.py")}
