@@ -17,9 +17,7 @@ from torch import Tensor, nn
 Branch = Callable[[Tensor], Tensor]
 
 
-def partition_layers(
-    num_layers: int, blocks: int | None = None, layers_per_block: int | None = None
-) -> list[int]:
+def partition_layers(num_layers: int, blocks: int | None = None, layers_per_block: int | None = None) -> list[int]:
     """Sizes, in layers, of the contiguous blocks: `blocks` groups, or groups of `layers_per_block`."""
     if (blocks is None) == (layers_per_block is None):
         raise ValueError("give either blocks or layers_per_block")

@@ -114,9 +114,7 @@ def test_every_query_gain_and_option_changes_the_logits(case) -> None:
             assert relative_error(reference(model, ids, queries, gains, blocks=3), base) > 1e-5, site
             values[site] = kept
     for option in ({"blocks": 4}, {"aggregation": "sum"}, {"eps": 1e-2}, {"scale": 0.5}):
-        assert relative_error(reference(model, ids, queries, gains, **{"blocks": 3} | option), base) > 1e-5, (
-            option
-        )
+        assert relative_error(reference(model, ids, queries, gains, **{"blocks": 3} | option), base) > 1e-5, option
 
 
 def test_wrong_number_of_sites_is_refused(case) -> None:
@@ -124,9 +122,7 @@ def test_wrong_number_of_sites_is_refused(case) -> None:
     queries, gains = random_sites(num_sites)
     with pytest.raises(ValueError, match=f"{num_sites} sites, but {num_sites - 1} queries and no gains"):
         reference(model, ids, queries[1:], blocks=3)
-    with pytest.raises(
-        ValueError, match=f"{num_sites} sites, but {num_sites} queries and {num_sites - 1} gains"
-    ):
+    with pytest.raises(ValueError, match=f"{num_sites} sites, but {num_sites} queries and {num_sites - 1} gains"):
         reference(model, ids, queries, gains[1:], blocks=3)
 
 
