@@ -61,8 +61,8 @@ def export_onnx(
 ) -> OnnxExport:
     """Export a rewritten model to ONNX and compare it with PyTorch in ONNX Runtime.
 
-    The comparison runs on fresh random inputs of other batch and sequence sizes than the example's. The
-    file appears under ``path`` only if it passes.
+    The model is exported in eval mode. The comparison runs on fresh random inputs of other batch and
+    sequence sizes than the example's. The file appears under ``path`` only if it passes.
 
     Args:
         model: A rewritten ``nn.Module`` or ``ExportedProgram``.
@@ -119,7 +119,7 @@ def export_rewritten(model: nn.Module, call: Call, dynamic_shapes: Any = None) -
         names = [spec.owner for spec in specs if len(spec.sites) > 1]
         raise OnnxExportError(f"modules {names} hold several residual streams each, which cannot be exported yet")
     try:
-        with disabled(model), _uncompiled(model), _without_cache(model):
+        with disabled(model), _uncompiled(model), _without_cache(model), _evaluating(model):
             program = torch.export.export(model, call.args, call.kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise OnnxExportError(
@@ -138,6 +138,18 @@ def _uncompiled(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model._compiled_call_impl = compiled
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, as for any deployment; afterwards every module is back in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextlib.contextmanager

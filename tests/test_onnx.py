@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from models import Tower, embeddings, gpt2, llama, randomise_sites, token_ids
+from models import WIDTH, Tower, embeddings, gpt2, llama, randomise_sites, token_ids
 
 import attnres_rewrite as ar
 from attnres_rewrite import onnx as onnx_module
@@ -56,6 +56,19 @@ def test_an_exported_program_is_exported_as_it_is(tmp_path: Path) -> None:
 @pytest.fixture
 def tower() -> torch.nn.Module:
     return randomise_sites(ar.rewrite(Tower(3).eval(), blocks=2, example_inputs=embeddings(), backend="eager"))
+
+
+def test_a_model_in_training_is_exported_for_evaluation(tmp_path: Path) -> None:
+    model = Tower(2)
+    model.norm = torch.nn.Sequential(torch.nn.LayerNorm(WIDTH), torch.nn.Dropout(0.5), torch.nn.Dropout(0.5))
+    ar.rewrite(model.train(), blocks=2, example_inputs=embeddings(), backend="eager")
+    model.norm[2].eval()
+    result = ar.export_onnx(randomise_sites(model), tmp_path / "model.onnx", embeddings())
+    assert model.training
+    assert [module.training for module in model.norm] == [True, True, False]
+    x = embeddings(3, 9, seed=1)
+    with torch.no_grad():
+        torch.testing.assert_close(run(result.path, x=x), model.eval()(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("aggregation", ["mean", "sum"])
