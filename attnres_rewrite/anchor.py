@@ -31,16 +31,18 @@ class AnchorSpec:
         sites: Number of sites of each of its streams, in graph order.
         blocks: Number of blocks of each, or ``"full"``.
         config: The configuration of the rewrite.
+        plain: Names of the owners whose streams the configuration leaves plain.
     """
 
     owner: str
     sites: tuple[int, ...]
     blocks: tuple[int | str, ...]
     config: AttnResConfig
+    plain: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """This specification as one line of JSON."""
-        fields = {"owner": self.owner, "sites": self.sites, "blocks": self.blocks}
+        fields = {"owner": self.owner, "sites": self.sites, "blocks": self.blocks, "plain": self.plain}
         return json.dumps({**fields, "config": self.config.to_json()})
 
     @classmethod
@@ -48,7 +50,8 @@ class AnchorSpec:
         """The specification that :meth:`to_json` wrote."""
         fields = json.loads(text)
         config = AttnResConfig.from_json(fields["config"])
-        return cls(fields["owner"], tuple(fields["sites"]), tuple(fields["blocks"]), config)
+        sites, blocks, plain = (tuple(fields[key]) for key in ("sites", "blocks", "plain"))
+        return cls(fields["owner"], sites, blocks, config, plain)
 
 
 # The token is declared as mutated so that no compiler may drop the call: a compiler that does not know
@@ -107,6 +110,20 @@ class Anchor:
         """The configuration for one of the owner's streams."""
         blocks: Any = self.spec.blocks[stream]
         return dataclasses.replace(self.config, blocks=blocks, streams=None)
+
+    @property
+    def plain_paths(self) -> set[str]:
+        """Paths, in this graph, of the owners whose streams stay plain on purpose."""
+        own, paths = self.spec.owner, set()
+        for name in self.spec.plain:
+            if not own:
+                paths.add(f"{self.path}.{name}".strip("."))
+            elif self.path == own or self.path.endswith("." + own):
+                paths.add(f"{self.path.removesuffix(own)}{name}".strip("."))
+            elif name.startswith(own + "."):
+                # A graph of the owner alone, which names modules relative to it.
+                paths.add(name.removeprefix(own + "."))
+        return paths
 
     def owns(self, owner: str, others: Sequence[str]) -> bool:
         """Whether the stream in module ``owner`` is this anchor's, given the paths of the other anchors."""

@@ -11,9 +11,10 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from attnres_rewrite import _compat
 from attnres_rewrite.anchor import AnchorSpec
-from attnres_rewrite.backend import AttnResBackend, plain_residuals_wanted
-from attnres_rewrite.capture import ExampleInputs, capture, example_call
+from attnres_rewrite.backend import AttnResBackend, plain_residuals_wanted, rewrite_captured
+from attnres_rewrite.capture import Call, ExampleInputs, capture, capture_whole, example_call
 from attnres_rewrite.config import AttnResConfig, Blocks
 from attnres_rewrite.errors import AttnResError, UnsupportedResidualError
 from attnres_rewrite.exported import rewrite_exported
@@ -106,10 +107,25 @@ def _rewrite_live(
     plain = tuple(name for name in analysis.found if name not in taken)
     mode, options = compile_options.pop("mode", None), compile_options.pop("options", None)
     attnres = AttnResBackend(backend, mode=mode, options=options, plain_streams=plain)
-    specs = [_spec(owner, plans, config) for owner, plans in owners.items()]
+    specs = [_spec(owner, plans, config, plain) for owner, plans in owners.items()]
     widths = [[p.stream.width for p in plans for _ in p.stream.branches] for plans in owners.values()]
     install(model, specs, widths, LiveState(attnres, compile_options))
+    try:
+        _rehearse(model, example_call(model, example_inputs))
+    except BaseException:
+        uninstall(model)
+        raise
     return model
+
+
+def _rehearse(model: nn.Module, call: Call) -> None:
+    """Rewrite the graph of the model's first call ahead of it, so that what would fail then fails now."""
+    try:
+        module = capture_whole(model, call)
+    except _compat.graph_break_types():
+        # Breaks outside the streams, which capture() found harmless.
+        return
+    rewrite_captured(module)
 
 
 def analyse_module(model: nn.Module, config: AttnResConfig, example_inputs: ExampleInputs | None) -> Analysis:
@@ -144,10 +160,10 @@ def _owners(model: nn.Module, analysis: Analysis) -> dict[str, list[StreamPlan]]
     return owners
 
 
-def _spec(owner: str, plans: list[StreamPlan], config: AttnResConfig) -> AnchorSpec:
+def _spec(owner: str, plans: list[StreamPlan], config: AttnResConfig, plain: tuple[str, ...]) -> AnchorSpec:
     sites = tuple(len(plan.stream.branches) for plan in plans)
     blocks = tuple(config.blocks_of(plan.stream.owner) for plan in plans)
-    return AnchorSpec(owner, sites, blocks, dataclasses.replace(config, blocks=1, streams=None))
+    return AnchorSpec(owner, sites, blocks, dataclasses.replace(config, blocks=1, streams=None), plain)
 
 
 def explain(

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from attnres_rewrite import _compat
 from attnres_rewrite.anchor import Anchor, anchors_of
 from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.errors import AttnResError, GraphBreakError, NotRewrittenError
+from attnres_rewrite.errors import AttnResError, GraphBreakError, NotRewrittenError, UnsupportedResidualError
 from attnres_rewrite.graph import source_line
 from attnres_rewrite.passes import GroupLayers, Site, SiteParameters
 from attnres_rewrite.pipeline import find_streams, insert
@@ -116,7 +116,10 @@ def rewrite_captured(
     if not anchors:
         _refuse_plain_streams(module, plain_streams)
         return []
-    streams = find_streams(module).streams
+    _refuse_repeated(anchors)
+    plain = set().union(plain_streams, *(anchor.plain_paths for anchor in anchors))
+    streams = [stream for stream in find_streams(module).streams if stream.owner not in plain]
+    _refuse_unowned(anchors, streams)
     sites: list[Site] = []
     for anchor in anchors:
         others = [other.path for other in anchors if other is not anchor]
@@ -131,6 +134,29 @@ def rewrite_captured(
         module.graph.erase_node(anchor.node)
     module.recompile()
     return sites
+
+
+def _refuse_repeated(anchors: list[Anchor]) -> None:
+    paths = [anchor.path for anchor in anchors]
+    for anchor in anchors:
+        if paths.count(anchor.path) > 1:
+            raise UnsupportedResidualError(
+                f"module {anchor.spec.owner or '(root)'!r}, which holds a residual stream, runs "
+                "more than once in one call, so its reads are not one per site. Rewrite a model that runs it once"
+            )
+
+
+def _refuse_unowned(anchors: list[Anchor], streams: list[ResidualStream]) -> None:
+    if _plain_residuals_wanted.get():
+        return
+    for stream in streams:
+        if not any(anchor.owns(stream.owner, ()) for anchor in anchors):
+            raise NotRewrittenError(
+                f"module {stream.owner or '(root)'!r} has a residual stream, at "
+                f"{source_line(stream.branches[0].value)}, that was not seen when the model was rewritten: pass "
+                "example_inputs with which every part of the model runs, or name the streams to rewrite in "
+                "AttnResConfig(streams=...)"
+            )
 
 
 def _plans(module: GraphModule, anchor: Anchor, streams: list[ResidualStream]) -> list[StreamPlan]:

@@ -112,6 +112,24 @@ def capture(model: nn.Module, call: Call) -> GraphModule:
             "AttnRes runs through it: switch it on again, or rewrite an ExportedProgram instead"
         )
 
+    try:
+        return capture_whole(model, call)
+    except ExampleInputsError:
+        raise
+    except Exception as error:
+        _run_plainly(model, call)
+        if not isinstance(error, _compat.graph_break_types()):
+            raise GraphBreakError(f"Dynamo cannot trace {type(model).__name__}: {error}") from error
+        return _capture_around_breaks(model, call, error)
+
+
+def capture_whole(model: nn.Module, call: Call) -> GraphModule:
+    """The graph of ``model`` on ``call``; raises whatever Dynamo does where it is not one graph.
+
+    Raises:
+        ExampleInputsError: The call computes nothing.
+    """
+
     def stop(module: GraphModule, _: list[Any]) -> Callable[..., NoReturn]:
         def stopped(*_: Any) -> NoReturn:
             raise _Captured(module)
@@ -123,11 +141,6 @@ def capture(model: nn.Module, call: Call) -> GraphModule:
             call.run(_compiled(model, stop, fullgraph=True))
     except _Captured as captured:
         return captured.module
-    except Exception as error:
-        _run_plainly(model, call)
-        if not isinstance(error, _compat.graph_break_types()):
-            raise GraphBreakError(f"Dynamo cannot trace {type(model).__name__}: {error}") from error
-        return _capture_around_breaks(model, call, error)
     raise ExampleInputsError(f"{type(model).__name__} computes nothing from these example inputs")
 
 
@@ -156,14 +169,14 @@ def _without_cache_on_meta(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _without_traces(model: nn.Module) -> Iterator[None]:
     """Whatever runs in this context leaves the model's buffers and the random state as they were."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with torch.random.fork_rng(), torch.no_grad():
             yield
     finally:
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def _run_plainly(model: nn.Module, call: Call) -> None:

@@ -15,9 +15,10 @@ from attnres_rewrite.api import require_live
 from attnres_rewrite.backend import AttnResBackend
 from attnres_rewrite.capture import ExampleInputs, example_call
 from attnres_rewrite.errors import GraphBreakError
-from attnres_rewrite.graph import carries_data, module_path, module_stack
+from attnres_rewrite.graph import carries_data, module_path
 from attnres_rewrite.op import depth_weights
 from attnres_rewrite.passes import Site
+from attnres_rewrite.patterns import Transparent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +103,10 @@ def _reader(site: fx.Node) -> str:
     users = [user for user in site.users if user.op != "output" and carries_data(user)]
     if not users:
         return f"output of {module_path(site) or 'the model'}"
-    stack = module_stack(users[0])
-    return stack[-1] if stack else users[0].name
+    inserted = isinstance(Transparent().match(users[0]), fx.Node) and module_path(users[0]) == module_path(site)
+    if inserted and users[0].users:
+        return _reader(users[0])
+    return module_path(users[0]) or users[0].name
 
 
 def depth_attention(model: nn.Module, example_inputs: ExampleInputs | None = None) -> DepthAttention:

@@ -18,8 +18,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
-# Their result depends on the shape, dtype and device of the argument, not on its data.
-_SHAPE_ONLY = frozenset(
+# Operators whose result depends on the shape, dtype and device of the argument, not on its data.
+SHAPE_ONLY = frozenset(
     (
         "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones "
         "new_empty new_full size sym_size dim numel sym_numel stride sym_stride"
@@ -75,7 +75,7 @@ def indices(graph: Graph) -> dict[Node, int]:
 
 def data_inputs(node: Node) -> Iterator[Node]:
     """The nodes whose tensor data ``node`` computes from. A query of shapes has none."""
-    if node.op == "placeholder" or op_name(node) in _SHAPE_ONLY:
+    if node.op == "placeholder" or op_name(node) in SHAPE_ONLY:
         return
     for source in node.all_input_nodes:
         if carries_data(source):
@@ -141,8 +141,12 @@ def module_stack(node: Node) -> tuple[str, ...]:
 def sequential_paths(node: Node) -> set[str]:
     """Which of the paths in :func:`module_stack` are ``nn.Sequential``, whose forward runs every child."""
     stack = node.meta.get("nn_module_stack") or {}
-    names = ((normalise_path(path), getattr(kind, "__name__", str(kind))) for path, kind in stack.values())
-    return {path for path, name in names if name.rsplit(".", 1)[-1] == "Sequential"}
+    return {normalise_path(path) for path, kind in stack.values() if _is_sequential(kind)}
+
+
+def _is_sequential(kind: object) -> bool:
+    # An exported program names classes, Dynamo has them.
+    return issubclass(kind, torch.nn.Sequential) if isinstance(kind, type) else str(kind).endswith(".Sequential")
 
 
 def module_path(node: Node) -> str:

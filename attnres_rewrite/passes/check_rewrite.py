@@ -15,7 +15,7 @@ from attnres_rewrite.streams import StreamPlan
 
 
 class CheckRewrite(Pass):
-    """Re-derive, from the edited graph alone, what every site attends over.
+    """Re-derive, from the edges of the edited graph, what every site attends over.
 
     Site k must see disjoint sums whose total is the old stream value ``b_0 + f_1 + ... + f_k``, in the
     number that the plan says, and no node may read the old stream any more. A failure is a bug here,

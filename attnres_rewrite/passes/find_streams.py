@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 from attnres_rewrite.errors import AttnResError, NoResidualStreamError, UnsupportedResidualError
 from attnres_rewrite.graph import (
+    SHAPE_ONLY,
     carries_data,
     depends_on,
     indices,
@@ -23,11 +24,9 @@ from attnres_rewrite.graph import (
 from attnres_rewrite.passes.base import Pass, PostconditionError
 from attnres_rewrite.patterns import ResidualAdd, StreamScale, Transparent, through_transparent
 from attnres_rewrite.patterns.base import Rejection
-from attnres_rewrite.patterns.refusal import explain_refusal
+from attnres_rewrite.patterns.refusal import explain_interruption, explain_refusal
 from attnres_rewrite.patterns.residual_add import is_add, is_in_place
 from attnres_rewrite.streams import Branch, Rejected, ResidualStream, Step
-
-_SHAPE_READS = frozenset("size dim numel sym_size zeros_like ones_like empty_like new_zeros new_ones".split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,7 @@ class StreamAnalysis:
     Attributes:
         streams: Every residual stream, in graph order.
         rejected: Every add that was considered and is on no stream, with the reason.
-        refusal: Why there is no stream, where there is none.
+        refusal: Why the graph cannot be rewritten: there is no stream, or not all of one was found.
     """
 
     streams: tuple[ResidualStream, ...]
@@ -87,8 +86,8 @@ class FindStreams(Pass):
         streams = search.streams()
         on_stream = {step.node for stream in streams for branch in stream.branches for step in branch.steps}
         rejected = tuple(Rejected(n, reason) for n, reason in search.rejected.items() if n not in on_stream)
-        refusal = None
-        if not streams:
+        refusal: AttnResError | None = search.refusal(streams)
+        if refusal is None and not streams:
             refusal = _refusal(search, rejected)
         return StreamAnalysis(tuple(streams), rejected, refusal)
 
@@ -111,6 +110,8 @@ class _Search:
         self.index = indices(module.graph)
         self.values: dict[Node, _Value] = {}
         self.rejected: dict[Node, str] = {}
+        self._consumed: set[_Value] = set()
+        self._shared: list[Node] = []
         self._add, self._transparent, self._scale = ResidualAdd(), Transparent(), StreamScale()
 
     def consider(self, node: Node) -> None:
@@ -120,9 +121,6 @@ class _Search:
             if all(isinstance(operand, Node) and is_float_tensor(operand) for operand in node.args[:2]):
                 self.rejected[node] = match.reason
             return
-        if is_in_place(node):
-            self.rejected[node] = "it overwrites a tensor that something else shares"
-            return
         sides = ((match.left, match.right, match.alpha), (match.right, match.left, 1.0))
         reasons = []
         for stream_side, branch, alpha in sides:
@@ -130,6 +128,10 @@ class _Search:
                 reasons.append("the stream operand is multiplied by alpha")
                 continue
             outcome = self._attach(node, stream_side, branch, alpha)
+            if isinstance(outcome, _Value) and is_in_place(node):
+                self._shared.append(node)
+                self.rejected[node] = "it overwrites a tensor that something else shares"
+                return
             if isinstance(outcome, _Value):
                 self.values[node] = outcome
                 return
@@ -150,6 +152,7 @@ class _Search:
             if any(isinstance(s.operand, Node) and self._computes_from(s.operand, value.root) for s in scales):
                 continue
             self.values.setdefault(base, value)
+            self._mark_consumed(branch, value)
             return _Value(node, value, (*scales, add))
         return "the other operand does not compute from it"
 
@@ -159,6 +162,28 @@ class _Search:
             return candidate is root.node or (known is not None and known.root is root)
 
         return depends_on(node, is_value, self.index[root.node], self.index)
+
+    def _mark_consumed(self, branch: Node, value: _Value) -> None:
+        """Note the values of the tree off the path to ``value`` that its new branch computes from.
+
+        They belong to the inside of the branch, however long a chain they make. Only a skip from the very
+        root, around the whole stream, takes nothing away from it.
+        """
+        if value.previous is None:
+            return
+
+        def is_on_path(candidate: Node) -> bool:
+            known = self.values.get(candidate)
+            if known is None or known.root is not value.root:
+                return False
+            ancestor = value
+            while ancestor.previous is not None and ancestor.depth > known.depth:
+                ancestor = ancestor.previous
+            if ancestor is not known:
+                self._consumed.add(known)
+            return ancestor is known
+
+        depends_on(branch, is_on_path, self.index[value.root.node], self.index)
 
     def _origins(self, node: Node) -> list[tuple[Node, tuple[Step, ...]]]:
         """Candidates for the stream value behind ``node``, with the scales in between; nearest first."""
@@ -176,12 +201,28 @@ class _Search:
         """The longest path of every tree, without trees that are nested in a branch of another."""
         ends: dict[_Value, _Value] = {}
         for value in self.values.values():
+            if value in self._consumed:
+                continue
             # Of two paths of one length the later one wins: it may compute from the other.
             if value.depth >= ends.get(value.root, value.root).depth:
                 ends[value.root] = value
         streams = [s for end in ends.values() if (s := self._stream(end.path())) is not None]
         streams = [s for s in streams if not any(self._nested(s, other) for other in streams if other is not s)]
         return sorted(streams, key=lambda s: self.index[s.root])
+
+    def refusal(self, streams: list[ResidualStream]) -> UnsupportedResidualError | None:
+        """Why a part of a stream is missing from ``streams``, if one is."""
+        if self._shared:
+            return UnsupportedResidualError(
+                f"a residual add overwrites in place a tensor that is used elsewhere as well (at "
+                f"{source_line(self._shared[0])}): write x = x + f(x) there"
+            )
+        for stream in streams:
+            ends = {s.branches[-1].value for s in streams if s is not stream and _are_one_stack(s.owner, stream.owner)}
+            found = explain_interruption(stream.root, ends, self.index)
+            if found is not None:
+                return UnsupportedResidualError(f"{found.reason} (at {source_line(found.node)})")
+        return None
 
     def chains(self) -> list[list[_Value]]:
         """All root-to-leaf paths, however short, for explaining a refusal."""
@@ -213,6 +254,12 @@ class _Search:
         return isinstance(operand, Node) and depends_on(operand, lambda node: node is last, index[last], index)
 
 
+def _are_one_stack(owner: str, other: str) -> bool:
+    """Whether two owners are one module, or layers of one list."""
+    (parent, _, leaf), (other_parent, _, other_leaf) = owner.rpartition("."), other.rpartition(".")
+    return owner == other or (parent == other_parent and leaf.isdigit() and other_leaf.isdigit())
+
+
 def reads_of(value: Node, on_path: set[Node]) -> list[Node]:
     """The nodes that read the stream value, directly or behind transparent operations."""
     pattern, reads, pending, seen = Transparent(), [], [value], {value}
@@ -224,7 +271,7 @@ def reads_of(value: Node, on_path: set[Node]) -> list[Node]:
             seen.add(user)
             if isinstance(pattern.match(user), Node):
                 pending.append(user)
-            elif carries_data(user) and op_name(user) not in _SHAPE_READS:
+            elif carries_data(user) and op_name(user) not in SHAPE_ONLY:
                 reads.append(user)
     return reads
 

@@ -16,6 +16,16 @@ _MIXERS = frozenset(
 )
 
 
+TRANSFORMED = (
+    "the residual stream is changed between its adds by something that is no scale, so it is not a sum of branch "
+    "outputs and Attention Residuals are not defined for it"
+)
+POST_NORM = (
+    "post-norm: a norm sits on the residual stream itself, so the stream is not a sum of branch "
+    "outputs and Attention Residuals are not defined for it. Use a pre-norm variant of the model"
+)
+
+
 class PostNorm:
     """A norm sits on the stream itself, so there is no running sum to attend over.
 
@@ -35,16 +45,16 @@ class PostNorm:
         while pending and len(seen) < 32:
             node = pending.pop()
             if node in ends:
-                return norm or Rejection("the stream is transformed without a norm", root)
+                return norm or Rejection(TRANSFORMED, root)
             name = op_name(node)
             if name in _MIXERS:
-                return Rejection("a sublayer lies between", node)
+                continue
             if name in _NORMS or (node.op == "call_module" and "norm" in str(node.target).lower()):
                 norm = node
             fresh = [n for n in data_inputs(node) if n not in seen]
             seen.update(fresh)
             pending.extend(sorted(fresh, key=index.__getitem__))
-        return Rejection("no other chain of adds leads here", root)
+        return Rejection("no other chain of adds leads here but through a sublayer", root)
 
 
 class GatedStream:
@@ -106,9 +116,13 @@ def explain_refusal(
             continue
         outcome = pattern.match(root, ends, index)
         if isinstance(outcome, Node):
-            return Rejection(
-                "post-norm: a norm sits on the residual stream itself, so the stream is not a sum of branch "
-                "outputs and Attention Residuals are not defined for it. Use a pre-norm variant of the model",
-                outcome,
-            )
+            return Rejection(POST_NORM, outcome)
     return None
+
+
+def explain_interruption(root: Node, ends: set[Node], index: dict[Node, int]) -> Rejection | None:
+    """Why a stream that begins at ``root`` is the rest of one that ends in ``ends``; ``None`` if it is not."""
+    outcome = PostNorm().match(root, ends, index)
+    if isinstance(outcome, Node):
+        return Rejection(POST_NORM, outcome)
+    return outcome if outcome.reason == TRANSFORMED else None

@@ -1,0 +1,223 @@
+"""Models of which only a part could be rewritten, or rewritten wrongly: refused as a whole, or done right."""
+
+import pytest
+import torch
+from models import WIDTH, Block, Feed, embeddings, relative_error, site_parameters
+from torch import Tensor, nn
+
+import attnres_rewrite as ar
+
+SUM = ar.AttnResConfig(blocks=2, aggregation="sum")
+
+
+def test_a_tower_that_the_example_left_out_is_an_error_when_it_runs() -> None:
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.text = Encoder(3)
+            self.vision = Encoder(3)
+
+        def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
+            return self.text(x if image is None else torch.cat([self.vision(image), x], 1))
+
+    model = ar.rewrite(Towers(), config=SUM, example_inputs=embeddings(), backend="eager")
+    assert next(name for name, _ in ar.attnres_parameters(model)) == "text.attn_res.0.query"
+    model(embeddings())
+    with pytest.raises(ar.NotRewrittenError, match=r"'vision' has a residual stream.* was not seen"):
+        model(embeddings(), embeddings())
+    # With an example that runs both towers, both are rewritten; a name leaves one plain on purpose.
+    both = ar.rewrite(Towers(), config=SUM, example_inputs=(embeddings(), embeddings()), backend="eager")
+    assert len(site_parameters(both)[0]) == 12
+    one = ar.AttnResConfig(blocks=2, streams=("text",))
+    only_text = ar.rewrite(Towers(), config=one, example_inputs=(embeddings(), embeddings()), backend="eager")
+    assert len(site_parameters(only_text)[0]) == 6
+    only_text(embeddings(), embeddings())
+    torch.compile(lambda x: only_text(x, x), backend=ar.AttnResBackend("eager"))(embeddings())
+
+
+class Encoder(nn.Module):
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList(Block() for _ in range(layers))
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+def test_a_plain_stream_inside_a_rewritten_owner() -> None:
+    class Outer(Encoder):
+        def __init__(self) -> None:
+            super().__init__(2)
+            self.inner = Encoder(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.inner(x)
+
+    config = ar.AttnResConfig(blocks=2, streams=("",))
+    model = ar.rewrite(Outer(), config=config, example_inputs=embeddings(), backend="eager")
+    assert len(site_parameters(model)[0]) == 4
+    model(embeddings())
+
+
+class InPlace(Encoder):
+    """Layers as ``x += f(x)``; ``keep`` holds on to something of the stream before they begin."""
+
+    def __init__(self, keep: str) -> None:
+        super().__init__(0)
+        self.feeds = nn.ModuleList(Feed() for _ in range(4))
+        self.keep = keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.keep != "input":
+            x = self.embed(x)
+        first = x[:, 0] if self.keep == "view" else 0
+        if self.keep == "reshaped":
+            x = x.reshape(-1, WIDTH)
+        for feed in self.feeds:
+            x += feed(x)
+        return self.norm(x) + (first[:, None] if self.keep == "view" else 0)
+
+
+@pytest.mark.parametrize("keep", ["nothing", "reshaped"])
+def test_in_place_adds_on_a_tensor_of_their_own(keep: str) -> None:
+    model = InPlace(keep).double()
+    x = embeddings().double()
+    expected = model(x)
+    ar.rewrite(model, config=SUM, example_inputs=x, backend="eager")
+    assert len(site_parameters(model)[0]) == 4
+    assert relative_error(model(x), expected) < 1e-12
+
+
+@pytest.mark.parametrize("keep", ["view", "input"])
+def test_in_place_adds_on_a_shared_tensor_are_refused(keep: str) -> None:
+    with pytest.raises(ar.UnsupportedResidualError, match=r"overwrites in place .*write x = x \+ f\(x\) there"):
+        ar.rewrite(InPlace(keep), config=SUM, example_inputs=embeddings(), backend="eager")
+
+
+class Interrupted(Encoder):
+    """Something happens to the stream after its second layer."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(4)
+        self.kind = kind
+        self.gate = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = start = self.embed(x)
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if i == 1:
+                if self.kind == "gate":
+                    x = x * torch.sigmoid(self.gate(x))
+                elif self.kind == "norm":
+                    x = nn.functional.layer_norm(x, (WIDTH,))
+                elif self.kind == "re-injection":
+                    x = x + start
+        return self.norm(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("gate", "changed between its adds"), ("norm", "post-norm"), ("re-injection", "changed between its adds")],
+)
+def test_a_stream_that_is_interrupted_is_refused(kind: str, reason: str) -> None:
+    with pytest.raises(ar.UnsupportedResidualError, match=reason):
+        ar.rewrite(Interrupted(kind), config=SUM, example_inputs=embeddings(), backend="eager")
+
+
+@pytest.mark.parametrize("kind", ["highway", "narrow"])
+def test_a_gated_stream_is_refused(kind: str) -> None:
+    class Gated(Encoder):
+        def __init__(self) -> None:
+            super().__init__(0)
+            self.feeds = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for feed in self.feeds:
+                gate = torch.sigmoid(feed(x))
+                x = gate * x + (1 - gate) * feed(x) if kind == "highway" else x * gate[..., :1] + feed(x)
+            return x
+
+    with pytest.raises(ar.UnsupportedResidualError, match=r"gated stream.*test_refusals\.py"):
+        ar.rewrite(Gated(), config=SUM, example_inputs=embeddings(), backend="eager")
+
+
+def test_a_chain_inside_the_last_branch_is_not_taken_for_the_stream() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = Feed(), Feed(), Feed()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x + self.a(x)
+            h = h + self.b(h)
+            return x + self.c(h)
+
+    model = Encoder(0).double()
+    model.layers = nn.ModuleList(Nested() for _ in range(3)).double()
+    x = embeddings().double()
+    expected = model(x)
+    ar.rewrite(model, config=SUM, example_inputs=x, backend="eager")
+    assert len(site_parameters(model)[0]) == 3
+    assert relative_error(model(x), expected) < 1e-12
+
+
+def test_a_skip_around_the_whole_stream_leaves_it_one() -> None:
+    class Around(Encoder):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            y = x
+            for layer in self.layers:
+                y = layer(y)
+            return x + self.norm(y)
+
+    model = ar.rewrite(Around(3), config=SUM, example_inputs=embeddings(), backend="eager")
+    assert len(site_parameters(model)[0]) == 6
+
+
+@pytest.mark.parametrize("kind", ["siamese", "shared layer"])
+def test_an_owner_that_runs_twice_is_refused_and_left_alone(kind: str) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = Encoder(2) if kind == "siamese" else Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if kind == "siamese":
+                return self.encoder(x) * self.encoder(x.flip(1))
+            return self.encoder(self.encoder(self.encoder(x * 2)))
+
+    model = Twice()
+    names = list(model.state_dict())
+    expected = model(embeddings())
+    with pytest.raises(ar.UnsupportedResidualError, match=r"'encoder', which holds .* runs more than once"):
+        ar.rewrite(model, config=SUM, example_inputs=embeddings(), backend="eager")
+    assert list(model.state_dict()) == names
+    assert "forward" not in model.encoder.__dict__
+    assert model._compiled_call_impl is None
+    assert torch.equal(model(embeddings()), expected)
+
+
+def test_layers_in_a_subclass_of_sequential() -> None:
+    class Blocks(nn.Sequential):
+        pass
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(WIDTH, WIDTH)
+            self.blocks = Blocks(*(Block() for _ in range(3)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks(self.embed(x))
+
+    model = ar.rewrite(Model(), config=SUM, example_inputs=embeddings(), backend="eager")
+    assert next(name for name, _ in ar.attnres_parameters(model)) == "attn_res.0.query"
+    assert [block.layers for block in ar.explain(Model(), 3, example_inputs=embeddings()).streams] == [
+        ("blocks.0", "blocks.1", "blocks.2")
+    ]
