@@ -38,6 +38,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# Threads that wait asleep: spinning ones stretch every step when something else wants the cores.
+demo: export OMP_WAIT_POLICY ?= passive
 demo: $(STAMP)
 	$(BIN)/attnres demo $(ARGS)
 
