@@ -138,13 +138,15 @@ def capture_whole(model: nn.Module, call: Call) -> GraphModule:
 
     try:
         with _without_cache_on_meta(model):
-            call.run(_compiled(model, stop, fullgraph=True))
+            call.run(compiled(model, stop, fullgraph=True))
     except _Captured as captured:
         return captured.module
     raise ExampleInputsError(f"{type(model).__name__} computes nothing from these example inputs")
 
 
-def _compiled(function: Callable[..., Any], backend: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], backend: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """``function`` compiled for one use: no cache shared with other models, no fused kernel that hides adds."""
+
     def forward(*args: Any, **kwargs: Any) -> Any:
         return _compat.unfused(function, *args, **kwargs)
 
@@ -213,7 +215,7 @@ def _capture_around_breaks(model: nn.Module, call: Call, error: Exception) -> Gr
         return run
 
     with _without_traces(model):
-        call.run(_compiled(model, record))
+        call.run(compiled(model, record))
     streams = {module: find_streams(module).streams for module, _ in runs}
     found = [(module, arguments) for module, arguments in runs if streams[module]]
     others = [module for module, _ in runs if not streams[module]]
@@ -259,7 +261,7 @@ def _require_one_graph(model: nn.Module, owner: str, call: Call) -> None:
     """
     module = model.get_submodule(owner)
     before = module.__dict__.get("forward")
-    module.forward = _compiled(module.forward, lambda graph, _: graph.forward, fullgraph=True)
+    module.forward = compiled(module.forward, lambda graph, _: graph.forward, fullgraph=True)
     try:
         with _without_traces(model):
             call.run(model)

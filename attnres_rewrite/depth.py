@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from attnres_rewrite import _compat
 from attnres_rewrite.api import require_live
 from attnres_rewrite.backend import AttnResBackend
-from attnres_rewrite.capture import ExampleInputs, example_call
+from attnres_rewrite.capture import ExampleInputs, compiled, example_call
 from attnres_rewrite.errors import GraphBreakError
 from attnres_rewrite.graph import carries_data, module_path
 from attnres_rewrite.op import depth_weights
@@ -124,12 +123,8 @@ def depth_attention(model: nn.Module, example_inputs: ExampleInputs | None = Non
     require_live(model, "depth_attention")
     call = example_call(model, example_inputs)
     backend = _RecordingBackend()
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
-
     with torch.no_grad(), torch.random.fork_rng():
-        torch.compile(_compat.with_own_code(forward), backend=backend)(*call.args, **call.kwargs)
+        call.run(compiled(model, backend))
     return _table(list(backend.recorded.values()))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from attnres_rewrite import _compat
 from attnres_rewrite.api import attnres_parameters, disabled, require_live
 from attnres_rewrite.backend import AttnResBackend
-from attnres_rewrite.capture import Call, ExampleInputs, example_call
+from attnres_rewrite.capture import Call, ExampleInputs, compiled, example_call
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.passes import Site
 
@@ -111,12 +111,8 @@ def verify(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ver
 
 
 def _outputs(model: nn.Module, call: Call, backend: AttnResBackend) -> list[Tensor]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
-
     with torch.random.fork_rng():
-        output = torch.compile(_compat.with_own_code(forward), backend=backend)(*call.args, **call.kwargs)
-    return _compat.tensors_in(output)
+        return _compat.tensors_in(call.run(compiled(model, backend)))
 
 
 def relative_difference(outputs: list[Tensor], references: list[Tensor]) -> float:

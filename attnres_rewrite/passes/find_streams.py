@@ -112,7 +112,7 @@ class _Search:
         self.rejected: dict[Node, str] = {}
         self._consumed: set[_Value] = set()
         self._shared: list[Node] = []
-        self._add, self._transparent, self._scale = ResidualAdd(), Transparent(), StreamScale()
+        self._add, self._scale = ResidualAdd(), StreamScale()
 
     def consider(self, node: Node) -> None:
         """Extend or start a stream with the add ``node``, or note why not."""
