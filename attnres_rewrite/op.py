@@ -114,8 +114,8 @@ def _query_grads(d_q: Tensor, query: Tensor, gain: Tensor | None, wanted: Sequen
 # reductions of all sources into one loop over D, the softmax over the sources into a loop over rows, and the weighted
 # sum into another loop over D. These three share one outer loop over rows, so that a row is still in cache when it is
 # read for the second time, only if none of them vectorises across rows, which the softmax would. The hints below
-# prevent that and change no value: for 9 sources [4096, 1024] float32 the forward takes 1.4 times the copy-bandwidth
-# bound with them and 2.0 without (benchmarks/op.py). From 13 sources on Inductor splits the loops all the same.
+# prevent that and change no value; benchmarks/op.py measures the result. From 13 sources on Inductor splits
+# the loops all the same.
 
 _Hint = Callable[[Tensor], Tensor]
 
@@ -223,7 +223,7 @@ def _expand_backward(
         d_rows = _weighted_sum(rows, on_query).reshape(-1, q.shape[0])
         if for_inductor and n > 2:
             # This reduction runs over rows and has a loop of its own: let it read one tensor, not every source again.
-            # (Measured, too: a matrix-vector product or a reduction per source, 1.2 to 2 times as slow in all.)
+            # (Measured, too: a matrix-vector product or a reduction per source, both slower in all.)
             d_rows = _stored(d_rows)
         grads += _query_grads(d_rows.sum(0), query, gain, wanted[n:])
     return grads
