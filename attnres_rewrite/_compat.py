@@ -125,6 +125,11 @@ def graph_break_types() -> tuple[type[BaseException], ...]:
     return (torch._dynamo.exc.Unsupported,)
 
 
+def refusing_graph_breaks(refuse: bool) -> Any:
+    """A context in which, where ``refuse`` says so, Dynamo raises at a graph break as it traces."""
+    return torch._dynamo.error_on_graph_break(refuse)
+
+
 def isolated_compile_options() -> dict[str, Any]:
     """Options of ``torch.compile`` that give one call a cache of its own, where this release has them."""
     has = "isolate_recompiles" in inspect.signature(torch.compile).parameters

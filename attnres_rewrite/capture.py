@@ -138,19 +138,29 @@ def capture_whole(model: nn.Module, call: Call) -> GraphModule:
 
     try:
         with _without_cache_on_meta(model):
-            call.run(compiled(model, stop, fullgraph=True))
+            call.run(compiled(model, stop, one_graph=True))
     except _Captured as captured:
         return captured.module
     raise ExampleInputsError(f"{type(model).__name__} computes nothing from these example inputs")
 
 
-def compiled(function: Callable[..., Any], backend: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """``function`` compiled for one use: no cache shared with other models, no fused kernel that hides adds."""
+def compiled(
+    function: Callable[..., Any], backend: Callable[..., Any], *, one_graph: bool = False
+) -> Callable[..., Any]:
+    """``function`` compiled for one use: no cache shared with other models, no fused kernel that hides adds.
+
+    Args:
+        function: What to compile.
+        backend: What is given the graphs.
+        one_graph: Raise at the first graph break. Not by ``fullgraph``, which also captures what breaks the graph
+            without it, such as ``tensor.tolist()``: then a model could be captured that does not run.
+    """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return _compat.unfused(function, *args, **kwargs)
+        with _compat.refusing_graph_breaks(one_graph):
+            return _compat.unfused(function, *args, **kwargs)
 
-    return torch.compile(_compat.with_own_code(forward), backend=backend, **options)
+    return torch.compile(_compat.with_own_code(forward), backend=backend)
 
 
 @contextlib.contextmanager
@@ -261,7 +271,7 @@ def _require_one_graph(model: nn.Module, owner: str, call: Call) -> None:
     """
     module = model.get_submodule(owner)
     before = module.__dict__.get("forward")
-    module.forward = compiled(module.forward, lambda graph, _: graph.forward, fullgraph=True)
+    module.forward = compiled(module.forward, lambda graph, _: graph.forward, one_graph=True)
     try:
         with _without_traces(model):
             call.run(model)

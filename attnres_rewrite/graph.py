@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import operator
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,9 +23,20 @@ from torch.fx.node import map_arg
 SHAPE_ONLY = frozenset(
     (
         "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones "
-        "new_empty new_full size sym_size dim numel sym_numel stride sym_stride"
+        "new_empty new_full size sym_size dim numel sym_numel stride sym_stride _assert_tensor_metadata"
     ).split()
 )
+# Operators whose result may share memory with their first argument: views, and those that can return it as it is.
+ALIASING = frozenset(
+    (
+        "view reshape view_as reshape_as alias squeeze unsqueeze flatten unflatten getitem select slice transpose "
+        "permute t mT T swapaxes movedim chunk split unbind expand expand_as narrow detach as_strided diagonal real "
+        "contiguous to float double half bfloat16 type_as dropout identity"
+    ).split()
+)
+_IN_PLACE_OPERATORS = frozenset("iadd isub imul itruediv ifloordiv imod ipow iand ior ixor".split())
+# Operators that take the shape or dtype of their second argument, and the data of the first alone.
+_LIKE_ANOTHER = frozenset("expand_as view_as reshape_as type_as to".split())
 
 
 def value_of(node: Node) -> Any:
@@ -77,8 +89,9 @@ def data_inputs(node: Node) -> Iterator[Node]:
     """The nodes whose tensor data ``node`` computes from. A query of shapes has none."""
     if node.op == "placeholder" or op_name(node) in SHAPE_ONLY:
         return
-    for source in node.all_input_nodes:
-        if carries_data(source):
+    sources = node.args[:1] if op_name(node) in _LIKE_ANOTHER and node.args else node.all_input_nodes
+    for source in sources:
+        if isinstance(source, Node) and carries_data(source):
             yield source
 
 
@@ -114,6 +127,44 @@ def depends_on(node: Node, is_value: Callable[[Node], bool], earliest: int, inde
                 seen.add(source)
                 heapq.heappush(pending, (-index[source], source))
     return False
+
+
+def overwritten_by(node: Node) -> Node | None:
+    """The node whose tensor ``node`` changes in place, if it does so."""
+    first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+    target, name = node.target, op_name(node)
+    if isinstance(target, torch._ops.OpOverload):
+        for argument, value in zip(target._schema.arguments, node.args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node):
+                return value
+        return None
+    if node.op == "call_method":
+        return first if name.startswith("__i") or (name.endswith("_") and not name.endswith("__")) else None
+    if node.op != "call_function":
+        return None
+    if getattr(operator, name, None) is target:
+        return first if name == "setitem" or name in _IN_PLACE_OPERATORS else None
+    return first if node.kwargs.get("inplace") or name.endswith("_") else None
+
+
+def aliases_of(node: Node) -> set[Node]:
+    """The nodes that may be views of the same memory as ``node``, itself among them."""
+    while op_name(node) in ALIASING and node.args and isinstance(node.args[0], Node):
+        node = node.args[0]
+    found, pending = {node}, [node]
+    while pending:
+        for user in pending.pop().users:
+            if op_name(user) in ALIASING and user not in found and user.args and user.args[0] in found:
+                found.add(user)
+                pending.append(user)
+    return found
+
+
+def submodule_of(node: Node) -> torch.nn.Module | None:
+    """The module that ``node`` calls, in a graph that calls modules."""
+    if node.op != "call_module" or node.graph.owning_module is None:
+        return None
+    return node.graph.owning_module.get_submodule(str(node.target))
 
 
 _ROOT = re.compile(r"^[LG]\[[^\]]*\](\.__self__|\[\d+\])*")
@@ -195,6 +246,10 @@ class GraphBuilder:
         with torch.no_grad(), _entered(mode):
             node.meta[self._value_key] = target(*values)
         return copy_meta(like, node)
+
+    def retype(self, node: Node, dtype: torch.dtype) -> None:
+        """Note that the value of ``node`` now has ``dtype``."""
+        node.meta[self._value_key] = require_tensor(node).to(dtype)
 
     def attribute(self, name: str, value: torch.Tensor, *, fake_like: Node) -> Node:
         """A read of the module attribute ``name``, whose fake value lives beside that of ``fake_like``."""

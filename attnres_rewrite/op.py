@@ -256,10 +256,13 @@ def _forward(
         q = _folded_query(sources, query, gain)
         _, logits = _flat_scores(sources, q, eps, scale)
         weights = _weights(logits.unsqueeze(-1).unbind(0), float(len(sources)) if sum_ else 1.0)
-        out = _flat(sources[0], q.dtype) * weights[0]
+        # No view is returned: autograd forbids to change a view from a custom operator in place, as a model may.
+        out = q.new_empty(sources[0].shape)
+        rows = out.view(-1, q.shape[0])
+        torch.mul(_flat(sources[0], q.dtype), weights[0], out=rows)
         for source, weight in zip(sources[1:], weights[1:], strict=True):
-            out.addcmul_(_flat(source, q.dtype), weight)
-        return out.to(_promoted_dtype(sources)).view(sources[0].shape)
+            rows.addcmul_(_flat(source, q.dtype), weight)
+        return out.to(_promoted_dtype(sources))
 
 
 def _backward(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from torch.fx import GraphModule
 
 from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.errors import NoResidualStreamError, UnsupportedResidualError
+from attnres_rewrite.errors import AttnResError, NoResidualStreamError, UnsupportedResidualError
 from attnres_rewrite.graph import op_name, source_line
 from attnres_rewrite.passes import (
     CheckRewrite,
@@ -16,7 +16,8 @@ from attnres_rewrite.passes import (
     GroupLayers,
     InlineRegions,
     InsertAttnRes,
-    ResolveInplaceAdds,
+    Refusal,
+    ResolveInplaceOps,
     Site,
     SiteParameters,
     StreamAnalysis,
@@ -42,7 +43,7 @@ class Analysis:
 def find_streams(module: GraphModule) -> StreamAnalysis:
     """The residual streams of ``module``, whose checkpointed regions and in-place adds are resolved first."""
     InlineRegions()(module)
-    ResolveInplaceAdds()(module)
+    ResolveInplaceOps()(module)
     analysis: StreamAnalysis = FindStreams()(module)
     return analysis
 
@@ -63,11 +64,28 @@ def analyse(module: GraphModule, config: AttnResConfig) -> Analysis:
                 "undo(model) takes them out, then it can be rewritten again"
             )
     found = find_streams(module)
-    if found.refusal is not None:
-        raise found.refusal
+    for refusal in found.refusals:
+        if not found.streams or _concerns(refusal, config.streams):
+            raise _with_remedy(refusal, [stream.owner for stream in found.streams])
     streams = selected(found.streams, config)
     plans = tuple(GroupLayers()(module, stream, config) for stream in streams)
     return Analysis(plans, tuple(stream.owner for stream in found.streams), found.rejected)
+
+
+def _with_remedy(refusal: Refusal, owners: Sequence[str]) -> AttnResError:
+    """The error, which names the streams that could be rewritten without it."""
+    others = tuple(owner for owner in owners if not _concerns(refusal, (owner,)))
+    if not others:
+        return refusal.error
+    return type(refusal.error)(
+        f"{refusal.error}. To leave it as it is, and rewrite the other streams alone, name them: "
+        f"AttnResConfig(streams={others})"
+    )
+
+
+def _concerns(refusal: Refusal, owners: Sequence[str] | None) -> bool:
+    """Whether what was refused may be a part of the streams in ``owners``; ``None`` means all."""
+    return owners is None or any(not owner or f"{refusal.module}.".startswith(f"{owner}.") for owner in owners)
 
 
 def selected(streams: Sequence[ResidualStream], config: AttnResConfig) -> list[ResidualStream]:

@@ -16,13 +16,14 @@ class Step:
     """One operation on the stream.
 
     Attributes:
-        kind: ``"add"`` (the stream plus ``operand``) or ``"scale"`` (the stream times ``operand``).
+        kind: ``"add"`` (the stream plus a branch output), ``"scale"`` (the stream times ``operand``) or ``"bias"``
+            (the stream plus something that does not compute from it).
         node: The node that computes the new stream value.
         operand: What is added or multiplied: a node or, for a scale, a number.
         alpha: Factor on the operand of an add (``torch.add(x, f, alpha=...)``).
     """
 
-    kind: Literal["add", "scale"]
+    kind: Literal["add", "scale", "bias"]
     node: Node
     operand: Node | float
     alpha: float = 1.0
@@ -45,7 +46,7 @@ class Branch:
 
     @property
     def adds(self) -> tuple[Step, ...]:
-        """The adds among the steps."""
+        """The adds of branch outputs among the steps."""
         return tuple(step for step in self.steps if step.kind == "add")
 
 

@@ -392,3 +392,15 @@ def test_depth_weights_are_the_softmax_of_the_listing(device: str) -> None:
     torch.testing.assert_close(mixed, listing(sources, query, gain))
     uniform = depth_weights([s.bfloat16() for s in sources], torch.zeros_like(query))
     assert torch.equal(uniform, torch.full((4, 2, 3), 0.25, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_result_may_be_changed_in_place(dtype) -> None:
+    """As a model does that scales or adds to what it read from the stream."""
+    sources = [torch.randn(2, 3, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
+    query = torch.randn(8, requires_grad=True)
+    out = torch.ops.attnres.block_attn_res(sources, query, None, 1e-6, 1.0, False)
+    expected = torch.autograd.grad((out * 2).sum(), query, retain_graph=True)[0]
+    assert not out._is_view()
+    out *= 2
+    assert torch.equal(torch.autograd.grad(out.sum(), query)[0], expected)

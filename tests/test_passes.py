@@ -41,7 +41,7 @@ from attnres_rewrite.passes import (
     InlineRegions,
     InsertAttnRes,
     PostconditionError,
-    ResolveInplaceAdds,
+    ResolveInplaceOps,
     Site,
     SiteParameters,
 )
@@ -202,21 +202,21 @@ IN_PLACE = (operator.iadd, torch.ops.aten.add_.Tensor, "add_")
 
 @every_dialect
 @pytest.mark.parametrize("spelling", ["operator, in place", "in-place method"])
-def test_resolve_inplace_adds_changes_all_on_intermediates(spelling, graph_of) -> None:
+def test_resolve_inplace_ops_changes_all_on_intermediates(spelling, graph_of) -> None:
     module = graph_of(chain(SPELLINGS[spelling]))
     # A symbolic trace has turned the operator into an add that is not in place.
     count = 0 if graph_of is by_fx and spelling.startswith("operator") else 4
     assert len([node for node in module.graph.nodes if node.target in IN_PLACE]) == count
-    assert ResolveInplaceAdds()(module) == count
+    assert ResolveInplaceOps()(module) == count
     assert not [node for node in module.graph.nodes if node.target in IN_PLACE]
     (stream,) = FindStreams()(module).streams
     assert len(stream.branches) == 4
 
 
-def test_resolve_inplace_adds_leaves_out_of_place_ones_alone() -> None:
+def test_resolve_inplace_ops_leaves_out_of_place_ones_alone() -> None:
     module = by_fx(chain(lambda x, feed: x + feed(x)))
     before = str(module.graph)
-    assert ResolveInplaceAdds()(module) == 0
+    assert ResolveInplaceOps()(module) == 0
     assert str(module.graph) == before
 
 
@@ -235,10 +235,10 @@ class Overwrites(nn.Module):
         return view, y + self.third(y)
 
 
-def test_resolve_inplace_adds_leaves_shared_tensors_alone() -> None:
+def test_resolve_inplace_ops_leaves_shared_tensors_alone() -> None:
     model = prepared(Overwrites())
     module = by_fx(model)
-    assert ResolveInplaceAdds()(module) == 0
+    assert ResolveInplaceOps()(module) == 0
     reasons = {r.reason for r in FindStreams()(module).rejected}
     assert reasons == {"it overwrites a tensor that something else shares"}
     left, right = X.clone(), X.clone()
@@ -247,11 +247,11 @@ def test_resolve_inplace_adds_leaves_shared_tensors_alone() -> None:
     assert torch.equal(left, right)
 
 
-def test_resolve_inplace_adds_keeps_the_numbers() -> None:
+def test_resolve_inplace_ops_keeps_the_numbers() -> None:
     model = chain(lambda x, feed: x.add_(feed(x)))
     module = by_fx(model)
     expected = model(X)
-    assert ResolveInplaceAdds()(module) == 4
+    assert ResolveInplaceOps()(module) == 4
     assert torch.equal(module(X), expected)
     rewritten, queries, gains = rewritten_chain(model, 2)
     layers = [(feed,) for feed in model.feeds]

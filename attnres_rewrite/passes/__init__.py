@@ -1,16 +1,16 @@
 """The pipeline, one pass a file.
 
-In order: :mod:`inline_regions`, :mod:`resolve_inplace_adds`, :mod:`find_streams`, :mod:`group_layers`,
+In order: :mod:`inline_regions`, :mod:`resolve_inplace_ops`, :mod:`find_streams`, :mod:`group_layers`,
 :mod:`insert_attnres`, :mod:`check_rewrite`. :mod:`attnres_rewrite.pipeline` runs them.
 """
 
 from attnres_rewrite.passes.base import Pass, PostconditionError
 from attnres_rewrite.passes.check_rewrite import CheckRewrite
-from attnres_rewrite.passes.find_streams import FindStreams, StreamAnalysis
+from attnres_rewrite.passes.find_streams import FindStreams, Refusal, StreamAnalysis
 from attnres_rewrite.passes.group_layers import GroupLayers
 from attnres_rewrite.passes.inline_regions import InlineRegions
 from attnres_rewrite.passes.insert_attnres import InsertAttnRes, Site, SiteParameters
-from attnres_rewrite.passes.resolve_inplace_adds import ResolveInplaceAdds
+from attnres_rewrite.passes.resolve_inplace_ops import ResolveInplaceOps
 
 __all__ = [
     "CheckRewrite",
@@ -20,7 +20,8 @@ __all__ = [
     "InsertAttnRes",
     "Pass",
     "PostconditionError",
-    "ResolveInplaceAdds",
+    "Refusal",
+    "ResolveInplaceOps",
     "Site",
     "SiteParameters",
     "StreamAnalysis",

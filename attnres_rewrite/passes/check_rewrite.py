@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -40,16 +42,20 @@ class CheckRewrite(Pass):
         """Counts for the log."""
         return f"{result} sites checked"
 
-    def _terms(self, plan: StreamPlan) -> dict[Node, set[int]]:
-        """Which branch outputs a node is, by number from 1; 0 is the root."""
-        terms: dict[Node, set[int]] = {plan.stream.root: {0}}
-        for k, branch in enumerate(plan.stream.branches, start=1):
+    def _terms(self, plan: StreamPlan) -> dict[Node, int]:
+        """Which terms a node is, as a set of bits: bit k for branch output k, bit 0 for the root, none for a bias."""
+        terms: dict[Node, int] = {plan.stream.root: 1}
+        for k, branch in enumerate((b for b in plan.stream.branches if b.adds), start=1):
             for add in branch.adds:
                 assert isinstance(add.operand, Node)
-                terms.setdefault(through_transparent(add.operand), set()).add(k)
+                operand = through_transparent(add.operand)
+                terms[operand] = terms.get(operand, 0) | 1 << k
+        for step in (step for branch in plan.stream.branches for step in branch.steps):
+            if step.kind == "bias" and isinstance(step.operand, Node):
+                terms.setdefault(through_transparent(step.operand), 0)
         return terms
 
-    def _check_site(self, site: Site, k: int, count: int, plan: StreamPlan, terms: dict[Node, set[int]]) -> None:
+    def _check_site(self, site: Site, k: int, count: int, plan: StreamPlan, terms: dict[Node, int]) -> None:
         if site.node.target is not torch.ops.attnres.block_attn_res.default:
             raise PostconditionError(f"site {k} is not a block_attn_res node but {site.node.target}")
         sources = site.node.args[0]
@@ -57,23 +63,40 @@ class CheckRewrite(Pass):
         if len(sources) != count:
             raise PostconditionError(f"site {k} has {len(sources)} sources instead of {count}")
         parts = [self._expand(source, terms) for source in sources if isinstance(source, Node)]
-        if tuple(tuple(sorted(p)) for p in parts) != site.parts:
-            raise PostconditionError(f"site {k} sums {parts} instead of {site.parts}")
-        if sum(map(len, parts)) != k + 2 or set().union(*parts) != set(range(k + 2)):
-            raise PostconditionError(f"the sources of site {k} are not disjoint sums of f_0 to f_{k + 1}: {parts}")
+        if parts != [_bits(part) for part in site.parts]:
+            raise PostconditionError(f"site {k} sums {list(map(_numbers, parts))} instead of {site.parts}")
+        # Disjoint and complete: as many bits as there are terms so far, and every one of them.
+        last = sum(bool(branch.adds) for branch in plan.stream.branches[: k + 1])
+        count_of_bits, union = sum(part.bit_count() for part in parts), functools.reduce(operator.or_, parts)
+        if count_of_bits != last + 1 or union != _bits(range(last + 1)):
+            raise PostconditionError(
+                f"the sources of site {k} are not disjoint sums of f_0 to f_{last}: {list(map(_numbers, parts))}"
+            )
 
-    def _expand(self, source: Node, terms: dict[Node, set[int]]) -> set[int]:
-        found: set[int] = set()
+    def _expand(self, source: Node, terms: dict[Node, int]) -> int:
+        """The terms that ``source`` sums; what is found on the way is kept in ``terms``, so no node is met twice."""
         pending = [source]
         while pending:
-            node = pending.pop()
-            base = through_transparent(node)
+            base = through_transparent(pending[-1])
             if base in terms:
-                found |= terms[base]
-            elif op_name(base) == "add":
-                pending.extend(n for n in base.args[:2] if isinstance(n, Node))
-            elif op_name(base) in ("mul", "div", "view_as"):
-                pending.append(base.args[0])  # type: ignore[arg-type]
+                terms[pending.pop()] = terms[base]
+                continue
+            if op_name(base) == "add":
+                summed = [n for n in base.args[:2] if isinstance(n, Node)]
+            elif op_name(base) in ("mul", "div", "view_as", "expand_as"):
+                summed = [base.args[0]]  # type: ignore[list-item]
             else:
                 raise PostconditionError(f"source {source.name} sums {base.name}, which is no branch output")
-        return found
+            if missing := [n for n in summed if n not in terms]:
+                pending.extend(missing)
+            else:
+                terms[base] = functools.reduce(operator.or_, (terms[n] for n in summed))
+        return terms[source]
+
+
+def _bits(part: range) -> int:
+    return (1 << part.stop) - (1 << part.start)
+
+
+def _numbers(bits: int) -> set[int]:
+    return {k for k in range(bits.bit_length()) if bits >> k & 1}

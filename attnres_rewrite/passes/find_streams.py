@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterable, Iterator
 
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite.errors import AttnResError, NoResidualStreamError, UnsupportedResidualError
 from attnres_rewrite.graph import (
     SHAPE_ONLY,
+    aliases_of,
     carries_data,
     depends_on,
     indices,
     is_float_tensor,
+    module_path,
     module_stack,
     op_name,
+    overwritten_by,
     require_tensor,
     sequential_paths,
     source_line,
 )
 from attnres_rewrite.passes.base import Pass, PostconditionError
-from attnres_rewrite.patterns import ResidualAdd, StreamScale, Transparent, through_transparent
+from attnres_rewrite.patterns import ResidualAdd, StreamBias, StreamScale, Transparent, through_transparent
 from attnres_rewrite.patterns.base import Rejection
-from attnres_rewrite.patterns.refusal import explain_interruption, explain_refusal
+from attnres_rewrite.patterns.refusal import Piece, explain_refusals
 from attnres_rewrite.patterns.residual_add import is_add, is_in_place
 from attnres_rewrite.streams import Branch, Rejected, ResidualStream, Step
+
+OVERWRITTEN = (
+    "a part of the residual stream is overwritten in place between two of its adds, so it is not a sum of branch "
+    "outputs and Attention Residuals are not defined for it"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Something that must not be rewritten.
+
+    Attributes:
+        module: Path of the module where it was found.
+        error: What to tell the user.
+    """
+
+    module: str
+    error: AttnResError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +59,18 @@ class StreamAnalysis:
     Attributes:
         streams: Every residual stream, in graph order.
         rejected: Every add that was considered and is on no stream, with the reason.
-        refusal: Why the graph cannot be rewritten: there is no stream, or not all of one was found.
+        refusals: Why the graph cannot be rewritten, with the module where: there is no stream, or not all of one
+            was found.
     """
 
     streams: tuple[ResidualStream, ...]
     rejected: tuple[Rejected, ...]
-    refusal: AttnResError | None = None
+    refusals: tuple[Refusal, ...] = ()
+
+    @property
+    def refusal(self) -> AttnResError | None:
+        """The first refusal, if there is one."""
+        return self.refusals[0].error if self.refusals else None
 
 
 @dataclasses.dataclass(eq=False)
@@ -86,10 +115,10 @@ class FindStreams(Pass):
         streams = search.streams()
         on_stream = {step.node for stream in streams for branch in stream.branches for step in branch.steps}
         rejected = tuple(Rejected(n, reason) for n, reason in search.rejected.items() if n not in on_stream)
-        refusal: AttnResError | None = search.refusal(streams)
-        if refusal is None and not streams:
-            refusal = _refusal(search, rejected)
-        return StreamAnalysis(tuple(streams), rejected, refusal)
+        refusals = search.refusals(streams)
+        if not refusals and not streams:
+            refusals = [Refusal("", _no_stream(rejected))]
+        return StreamAnalysis(tuple(streams), rejected, tuple(refusals))
 
     def ensures(self, module: GraphModule, result: StreamAnalysis) -> None:
         """No node is a step of two streams."""
@@ -112,7 +141,7 @@ class _Search:
         self.rejected: dict[Node, str] = {}
         self._consumed: set[_Value] = set()
         self._shared: list[Node] = []
-        self._add, self._scale = ResidualAdd(), StreamScale()
+        self._add, self._scale, self._bias = ResidualAdd(), StreamScale(), StreamBias()
 
     def consider(self, node: Node) -> None:
         """Extend or start a stream with the add ``node``, or note why not."""
@@ -142,19 +171,23 @@ class _Search:
         add = Step("add", node, branch, alpha)
         origins = self._origins(stream_side)
         # A value that is known to be on a stream goes before a new root nearer by.
-        for base, scales in sorted(origins, key=lambda origin: origin[0] not in self.values):
+        for base, steps in sorted(origins, key=lambda origin: origin[0] not in self.values):
             value = self.values.get(base) or _Value(base)
             other = self.values.get(through_transparent(branch))
             if other is not None and other.root is value.root:
                 return "both operands are on the stream"
             if not self._computes_from(branch, value.root):
                 continue
-            if any(isinstance(s.operand, Node) and self._computes_from(s.operand, value.root) for s in scales):
+            if not self._independent(steps, value.root):
                 continue
             self.values.setdefault(base, value)
             self._mark_consumed(branch, value)
-            return _Value(node, value, (*scales, add))
+            return _Value(node, value, (*steps, add))
         return "the other operand does not compute from it"
+
+    def _independent(self, steps: Iterable[Step], root: _Value) -> bool:
+        """Whether no scale or bias among ``steps`` computes from the stream, as a gate does."""
+        return not any(isinstance(step.operand, Node) and self._computes_from(step.operand, root) for step in steps)
 
     def _computes_from(self, node: Node, root: _Value) -> bool:
         def is_value(candidate: Node) -> bool:
@@ -186,78 +219,158 @@ class _Search:
         depends_on(branch, is_on_path, self.index[value.root.node], self.index)
 
     def _origins(self, node: Node) -> list[tuple[Node, tuple[Step, ...]]]:
-        """Candidates for the stream value behind ``node``, with the scales in between; nearest first."""
-        scales: tuple[Step, ...] = ()
+        """Candidates for the stream value behind ``node``, with the steps in between; nearest first."""
+        steps: tuple[Step, ...] = ()
         origins = []
         while True:
             node = through_transparent(node)
-            origins.append((node, scales))
-            if node in self.values or isinstance(match := self._scale.match(node), Rejection):
+            origins.append((node, steps))
+            found = self._linear_step(node) if node not in self.values else None
+            if found is None:
                 return origins
-            scales = (Step("scale", node, match.factor), *scales)
-            node = match.source
+            step, node = found
+            steps = (step, *steps)
+
+    def _linear_step(self, node: Node) -> tuple[Step, Node] | None:
+        """The scale or bias that ``node`` applies, and what it applies it to."""
+        scale = self._scale.match(node)
+        if not isinstance(scale, Rejection):
+            return Step("scale", node, scale.factor), scale.source
+        bias = self._bias.match(node)
+        if not isinstance(bias, Rejection):
+            return Step("bias", node, bias.bias), bias.source
+        add = self._add.match(node)
+        if isinstance(add, Rejection) or add.alpha != 1.0:
+            return None
+        # Of two operands of one shape the stream is the one that is known to be on one.
+        known = [through_transparent(operand) in self.values for operand in (add.left, add.right)]
+        if known[0] == known[1]:
+            return None
+        source, operand = (add.left, add.right) if known[0] else (add.right, add.left)
+        return Step("bias", node, operand), source
 
     def streams(self) -> list[ResidualStream]:
         """The longest path of every tree, without trees that are nested in a branch of another."""
-        ends: dict[_Value, _Value] = {}
-        for value in self.values.values():
-            if value in self._consumed:
-                continue
-            # Of two paths of one length the later one wins: it may compute from the other.
-            if value.depth >= ends.get(value.root, value.root).depth:
-                ends[value.root] = value
-        streams = [s for end in ends.values() if (s := self._stream(end.path())) is not None]
-        streams = [s for s in streams if not any(self._nested(s, other) for other in streams if other is not s)]
+        streams = [s for end in self._ends() if (s := self._stream(end.path())) is not None]
+        streams = [s for s in streams if not any(self._nested(s.root, s.branches[-1].value, t) for t in streams)]
         return sorted(streams, key=lambda s: self.index[s.root])
 
-    def refusal(self, streams: list[ResidualStream]) -> UnsupportedResidualError | None:
-        """Why a part of a stream is missing from ``streams``, if one is."""
-        if self._shared:
-            return UnsupportedResidualError(
-                f"a residual add overwrites in place a tensor that is used elsewhere as well (at "
-                f"{source_line(self._shared[0])}): write x = x + f(x) there"
-            )
-        for stream in streams:
-            ends = {s.branches[-1].value for s in streams if s is not stream and _are_one_stack(s.owner, stream.owner)}
-            found = explain_interruption(stream.root, ends, self.index)
-            if found is not None:
-                return UnsupportedResidualError(f"{found.reason} (at {source_line(found.node)})")
-        return None
+    def _ends(self) -> list[_Value]:
+        """The last value of the longest path of every tree."""
+        ends: dict[_Value, _Value] = {}
+        for value in self.values.values():
+            # Of two paths of one length the later one wins: it may compute from the other.
+            if value not in self._consumed and value.depth >= ends.get(value.root, value.root).depth:
+                ends[value.root] = value
+        return [end for end in ends.values() if end.previous is not None]
 
-    def chains(self) -> list[list[_Value]]:
-        """All root-to-leaf paths, however short, for explaining a refusal."""
-        parents = {value.previous for value in self.values.values()}
-        return [value.path() for value in self.values.values() if value not in parents and value.previous]
+    def refusals(self, streams: list[ResidualStream]) -> list[Refusal]:
+        """Why streams, or parts of some, are missing from ``streams``."""
+        shared = [
+            Rejection(
+                "a residual add overwrites in place a tensor that is used elsewhere as well: write x = x + f(x)", add
+            )
+            for add in self._shared
+        ]
+        shared += [Rejection(OVERWRITTEN, node) for stream in streams for node in self._overwriting(stream)]
+        found = explain_refusals(self._pieces(streams), list(self.rejected), self.index)
+        return [
+            Refusal(module_path(r.node), UnsupportedResidualError(f"{r.reason} (at {source_line(r.node)})"))
+            for r in (*shared, *found)
+        ]
+
+    def _overwriting(self, stream: ResidualStream) -> Iterator[Node]:
+        """What changes, in place, a part of a stream value that the next step still adds to, or a term of its sums."""
+        steps = [step for branch in stream.branches for step in branch.steps]
+        index, forever = self.index, len(self.index)
+        kept = [(stream.root, index[steps[0].node], forever)]
+        kept += [
+            (s.operand, index[s.node], forever) for s in steps if isinstance(s.operand, Node) and s.kind != "scale"
+        ]
+        for step, following in itertools.pairwise(steps):
+            kept.append((step.node, index[step.node], index[following.node]))
+            side = next((n for n in following.node.all_input_nodes if through_transparent(n) is step.node), step.node)
+            kept.append((side, index[step.node], index[following.node]))
+        own = {step.node for step in steps}
+        for node, start, stop in kept:
+            aliases = aliases_of(node)
+            users = (user for alias in aliases for user in alias.users if user not in own)
+            yield from (user for user in users if overwritten_by(user) in aliases and start < index[user] < stop)
+
+    def _pieces(self, streams: list[ResidualStream]) -> list[Piece]:
+        """The streams, and the chains that are neither a part of one nor nested in a branch of one."""
+        pieces = []
+        for stream in streams:
+            values = [step.node for branch in stream.branches for step in branch.steps]
+            last = stream.branches[-1]
+            adds = [
+                stream.branches[0].adds[0].node,
+                *(branch.adds[-1].node for branch in stream.branches if branch.adds),
+            ]
+            pieces.append(_piece(adds, stream.root, values, {last.value, adds[-1]}, is_stream=True))
+        trees = {self._tree_of(stream) for stream in streams}
+        for end in self._ends():
+            if end.root in trees or any(self._nested(end.root.node, end.node, stream) for stream in streams):
+                continue
+            adds = [value.node for value in end.path()[1:]]
+            pieces.append(_piece(adds, end.root.node, adds, {end.node}, is_stream=False))
+        return pieces
 
     def _stream(self, path: list[_Value]) -> ResidualStream | None:
-        on_path = {step.node for value in path for step in value.steps}
+        steps = [step for value in path for step in value.steps]
+        steps += self._trailing_steps(path[-1], {step.node for step in steps})
+        on_path = {step.node for step in steps}
         branches, pending = [], []
-        for value in path[1:]:
-            for step in value.steps:
-                pending.append(step)
-                if reads_of(step.node, on_path):
-                    branches.append(Branch(tuple(pending)))
-                    pending = []
-        # A scale needs an add to belong to: scales that are read before the first add stay outside.
-        if len(branches) < 2 or not all(branch.adds for branch in branches):
+        for step in steps:
+            pending.append(step)
+            if reads_of(step.node, on_path):
+                branches.append(Branch(tuple(pending)))
+                pending = []
+        root = path[0].node
+        while branches and not branches[0].adds:
+            # What is read scaled before the first add is where the stream begins.
+            root = branches.pop(0).value
+        if sum(bool(branch.adds) for branch in branches) < 2:
             return None
-        root = require_tensor(path[0].node)
         owner, scope = _owner_and_scope([add.node for branch in branches for add in branch.adds])
-        return ResidualStream(owner, scope, path[0].node, tuple(branches), int(root.shape[-1]))
+        return ResidualStream(owner, scope, root, tuple(branches), int(require_tensor(root).shape[-1]))
 
-    def _nested(self, inner: ResidualStream, outer: ResidualStream) -> bool:
-        last, index = inner.branches[-1].value, self.index
-        if not self._computes_from(inner.root, self.values[outer.root]):
+    def _trailing_steps(self, last: _Value, on_path: set[Node]) -> list[Step]:
+        """Scales and biases after the last add, which the last read sees as earlier reads see theirs."""
+        steps: list[Step] = []
+        node = last.node
+        while True:
+            reads = reads_of(node, on_path)
+            found = self._linear_step(reads[0]) if len(reads) == 1 and reads[0] not in self.values else None
+            if (
+                found is None
+                or through_transparent(found[1]) is not node
+                or not self._independent(found[:1], last.root)
+            ):
+                return steps
+            node = reads[0]
+            steps.append(found[0])
+
+    def _nested(self, root: Node, last: Node, outer: ResidualStream) -> bool:
+        """Whether the chain from ``root`` to ``last`` begins and ends in one branch of ``outer``."""
+        index = self.index
+        # What can be told by position goes first: a search between chains far apart crosses the whole graph.
+        if root is outer.root or index[root] < index[outer.root]:
             return False
-        following = [s for b in outer.branches for s in b.adds if self.index[s.node] > self.index[last]]
-        operand = following[0].operand if following else None
-        return isinstance(operand, Node) and depends_on(operand, lambda node: node is last, index[last], index)
+        k = bisect.bisect_right(outer.branches, index[last], key=lambda branch: index[branch.value])
+        adds = (s for branch in itertools.islice(outer.branches, k, None) for s in branch.adds)
+        operand = next((s.operand for s in adds if index[s.node] > index[last]), None)
+        if not (isinstance(operand, Node) and depends_on(operand, lambda node: node is last, index[last], index)):
+            return False
+        return self._computes_from(root, self._tree_of(outer))
+
+    def _tree_of(self, stream: ResidualStream) -> _Value:
+        return self.values[stream.branches[0].adds[0].node].root
 
 
-def _are_one_stack(owner: str, other: str) -> bool:
-    """Whether two owners are one module, or layers of one list."""
-    (parent, _, leaf), (other_parent, _, other_leaf) = owner.rpartition("."), other.rpartition(".")
-    return owner == other or (parent == other_parent and leaf.isdigit() and other_leaf.isdigit())
+def _piece(adds: list[Node], root: Node, values: list[Node], ends: set[Node], *, is_stream: bool) -> Piece:
+    first, last = module_path(adds[0]), module_path(adds[-1])
+    return Piece(first, last, root, frozenset(values), frozenset(ends), is_stream)
 
 
 def reads_of(value: Node, on_path: set[Node]) -> list[Node]:
@@ -287,12 +400,7 @@ def _owner_and_scope(adds: list[Node]) -> tuple[str, str]:
     return (common[-1] if common else ""), scope
 
 
-def _refusal(search: _Search, rejected: tuple[Rejected, ...]) -> AttnResError:
-    chains = [[step.node for value in path for step in value.steps] for path in search.chains()]
-    roots = [path[0].node for path in search.chains()]
-    found = explain_refusal(roots, chains, [r.node for r in rejected], search.index)
-    if found is not None:
-        return UnsupportedResidualError(f"{found.reason} (at {source_line(found.node)})")
+def _no_stream(rejected: tuple[Rejected, ...]) -> NoResidualStreamError:
     seen = "".join(f"\n  - {source_line(r.node)}: {r.reason}" for r in rejected[:8])
     return NoResidualStreamError(
         "no residual stream was found: no chain of adds x = x + f(x) runs over at least two sublayers. "

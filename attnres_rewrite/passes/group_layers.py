@@ -28,7 +28,7 @@ class GroupLayers(Pass):
         layers = tuple(name for name, _ in itertools.groupby(names))
         blocks = config.blocks_of(stream.owner)
         if blocks == "full" and config.layers_per_block is None:
-            block_of = tuple(range(len(names)))
+            block_of = tuple(itertools.accumulate((bool(b.adds) for b in stream.branches[1:]), initial=0))
         else:
             sizes = partition_layers(
                 len(layers),
@@ -51,13 +51,19 @@ class GroupLayers(Pass):
 
 
 def _layer_names(stream: ResidualStream) -> list[str]:
-    by_add = [_child(stream.scope, module_stack(branch.adds[-1].node)) for branch in stream.branches]
-    by_output = [_child(stream.scope, _output_stack(branch)) for branch in stream.branches]
-    for names in (by_add, by_output):
-        known = [name for name in names if name is not None]
-        if len(set(known)) > 1:
-            return _fill_gaps(names)
-    return _by_period(stream)
+    names = [_child(stream.scope, module_stack((branch.adds or branch.steps)[-1].node)) for branch in stream.branches]
+    if len(set(names) - {None}) < 2:
+        names = [_sublayer(stream, branch) for branch in stream.branches]
+    filled = _fill_gaps(names) if len(set(names) - {None}) > 1 else _by_period(stream)
+    return _with_what_it_scales(stream, filled)
+
+
+def _with_what_it_scales(stream: ResidualStream, names: list[str]) -> list[str]:
+    """A read of the stream that is merely scaled belongs to the layer before it."""
+    for k, branch in enumerate(stream.branches):
+        if not branch.adds:
+            names[k] = names[k - 1]
+    return names
 
 
 def _child(scope: str, stack: tuple[str, ...]) -> str | None:
@@ -66,9 +72,26 @@ def _child(scope: str, stack: tuple[str, ...]) -> str | None:
     return next((path for path in stack if path.startswith(prefix) and path != scope), None)
 
 
-def _output_stack(branch: Branch) -> tuple[str, ...]:
-    operand = branch.adds[-1].operand
-    return module_stack(operand) if isinstance(operand, Node) else ()
+def _sublayer(stream: ResidualStream, branch: Branch) -> str | None:
+    """The layer of a branch that is added in the owner itself, by the child that computed the branch output.
+
+    Where the children are kept as a list of lists, ``layers.0.attn``, the layer is ``layers.0``.
+    """
+    values = {stream.root, *(branch.value for branch in stream.branches)}
+    pending = [add.operand for add in branch.adds[-1:] if isinstance(add.operand, Node)]
+    seen = set(pending)
+    while pending:
+        node = pending.pop(0)
+        child = _child(stream.scope, module_stack(node))
+        # One dropout after every sublayer says nothing of the layer.
+        if child is not None and op_name(node) != "dropout":
+            inside = child.removeprefix(stream.scope + ".").split(".")
+            index = next((i for i, part in enumerate(inside) if part.isdigit()), len(inside))
+            return ".".join([*filter(None, [stream.scope]), *inside[: index + 1]])
+        fresh = [n for n in data_inputs(node) if n not in seen and n not in values]
+        seen.update(fresh)
+        pending.extend(fresh)
+    return None
 
 
 def _fill_gaps(names: Sequence[str | None]) -> list[str]:

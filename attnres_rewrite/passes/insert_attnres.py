@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.graph import GraphBuilder, op_name, require_tensor, same_shape
+from attnres_rewrite.graph import GraphBuilder, op_name, require_tensor, same_shape, tensor_of
 from attnres_rewrite.passes.base import Pass
 from attnres_rewrite.patterns import Transparent
 from attnres_rewrite.streams import Branch, Step, StreamPlan
@@ -32,13 +32,14 @@ class Site:
     Attributes:
         node: The ``block_attn_res`` node.
         sources: The nodes it attends over.
-        parts: For every source, which terms it sums: 0 is the root b_0, k the k-th branch output f_k.
+        parts: For every source, which terms it sums: 0 is the root b_0, k the k-th branch output f_k. A block is a
+            run of branch outputs, so a range says it.
         has_partial: Whether the last source is the partial of a block that is not complete.
     """
 
     node: Node
     sources: tuple[Node, ...]
-    parts: tuple[tuple[int, ...], ...]
+    parts: tuple[range, ...]
     has_partial: bool
 
 
@@ -52,7 +53,7 @@ class InsertAttnRes(Pass):
 
     The sources of a site are b_0, the complete blocks, and the partial unless it is empty: disjoint
     sums whose total is the old stream value (paper, Block AttnRes). A scale of the stream is applied
-    to every source, over which it distributes.
+    to every source, over which it distributes; a bias joins the partial.
     """
 
     def call(
@@ -83,22 +84,23 @@ class _Writer:
         self.plan, self.config = plan, config
         self.graph, self.build = module.graph, GraphBuilder(module)
         self.blocks: list[Node] = [plan.stream.root]
-        self.parts: list[tuple[int, ...]] = [(0,)]
+        self.parts = [range(1)]
         self.partial: Node | None = None
-        self.partial_parts: tuple[int, ...] = ()
+        self.partial_parts = range(1, 1)
 
     def branch(self, k: int, parameters: SiteParameters) -> Site:
         branch = self.plan.stream.branches[k]
         for step in branch.steps:
             with self.graph.inserting_before(step.node):
-                self._scale(step) if step.kind == "scale" else self._add(step)
-        self.partial_parts = (*self.partial_parts, k + 1)
+                {"add": self._add, "scale": self._scale, "bias": self._bias}[step.kind](step)
+        if branch.adds:
+            self.partial_parts = range(self.partial_parts.start, self.partial_parts.stop + 1)
         last_of_block = k + 1 == len(self.plan.block_of) or self.plan.block_of[k + 1] != self.plan.block_of[k]
         if last_of_block:
             assert self.partial is not None
             self.blocks.append(self.partial)
             self.parts.append(self.partial_parts)
-            self.partial, self.partial_parts = None, ()
+            self.partial, self.partial_parts = None, range(self.partial_parts.stop, self.partial_parts.stop)
         with self.graph.inserting_before(branch.value):
             return self._site(branch, parameters)
 
@@ -116,10 +118,24 @@ class _Writer:
         if self.partial is not None:
             self.partial = self._scaled(step, self.partial)
 
+    def _bias(self, step: Step) -> None:
+        assert isinstance(step.operand, Node)
+        bias = step.operand
+        if require_tensor(bias).dim() > 1:
+            # A vector fits any shape of the stream; anything else has the shape that it has here.
+            if not same_shape(require_tensor(bias), require_tensor(step.node)):
+                bias = self.build.call(aten.expand_as.default, bias, step.node, like=step.node)
+            bias = self._like(bias, step.node, self.plan.stream.root)
+        self.partial = (
+            bias if self.partial is None else self.build.call(aten.add.Tensor, self.partial, bias, like=step.node)
+        )
+
     def _scaled(self, step: Step, source: Node) -> Node:
-        divides = "div" in op_name(step.node)
-        op = aten.div.Tensor if divides else aten.mul.Tensor
-        return self.build.call(op, source, step.operand, like=step.node)
+        op = aten.div.Tensor if "div" in op_name(step.node) else aten.mul.Tensor
+        # A factor that is neither a number nor a vector fits the shape that the stream has here.
+        fits_any = not isinstance(step.operand, Node) or require_tensor(step.operand).dim() <= 1
+        at_hand = source if fits_any else self._viewed(source, step.node, like=step.node)
+        return self._viewed(self.build.call(op, at_hand, step.operand, like=step.node), source, like=step.node)
 
     def _site(self, branch: Branch, parameters: SiteParameters) -> Site:
         sources, parts = list(self.blocks), list(self.parts)
@@ -136,26 +152,32 @@ class _Writer:
             self.config.aggregation == "sum",
             like=branch.value,
         )
-        operand = branch.adds[-1].operand
-        assert isinstance(operand, Node)
-        branch.value.replace_all_uses_with(self._like(node, branch.value, operand))
+        branch.value.replace_all_uses_with(node)
+        # Asked for its shape alone, the old value goes when the old steps do.
+        shaped = self._like(node, branch.value, branch.value)
+        if shaped is not node:
+            node.replace_all_uses_with(shaped, delete_user_cb=lambda user: user not in _chain(shaped, node))
         return Site(node, tuple(sources), tuple(parts), self.partial is not None)
 
     def _like(self, node: Node, dtype_of: Node, shape_of: Node) -> Node:
         """``node`` in the dtype of one node and the shape of another, with ops only where they differ."""
-        value, typed, shaped = require_tensor(node), require_tensor(dtype_of), require_tensor(shape_of)
-        if not same_shape(value, shaped):
-            node = self.build.call(aten.view_as.default, node, shape_of, like=dtype_of)
-        if value.dtype != typed.dtype:
+        typed = require_tensor(dtype_of)
+        node = self._viewed(node, shape_of, like=dtype_of)
+        if require_tensor(node).dtype != typed.dtype:
             node = self.build.call(aten.to.dtype, node, typed.dtype, like=dtype_of)
         return node
+
+    def _viewed(self, node: Node, shape_of: Node, like: Node) -> Node:
+        if same_shape(require_tensor(node), require_tensor(shape_of)):
+            return node
+        return self.build.call(aten.view_as.default, node, shape_of, like=like)
 
     def remove_old_steps(self) -> None:
         """Erase the old steps, last first; by then nothing computes from them but size queries."""
         for step in reversed([step for branch in self.plan.stream.branches for step in branch.steps]):
             inputs = step.node.all_input_nodes
             if step.node.users:
-                step.node.replace_all_uses_with(inputs[0])
+                step.node.replace_all_uses_with(next(node for node in inputs if _as_large(node, step.node)))
             self.graph.erase_node(step.node)
             for node in inputs:
                 self._erase_unused(node)
@@ -165,3 +187,17 @@ class _Writer:
         while not node.users and isinstance(source := Transparent().match(node), Node):
             self.graph.erase_node(node)
             node = source
+
+
+def _chain(last: Node, first: Node) -> list[Node]:
+    """The nodes from ``last`` back to just after ``first``, by first arguments."""
+    nodes = [last]
+    while (previous := nodes[-1].args[0]) is not first:
+        assert isinstance(previous, Node)
+        nodes.append(previous)
+    return nodes
+
+
+def _as_large(node: Node, other: Node) -> bool:
+    value = tensor_of(node)
+    return value is not None and same_shape(value, require_tensor(other))

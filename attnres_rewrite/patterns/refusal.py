@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import itertools
+import string
+from collections.abc import Container, Iterator, Sequence
 
+from torch import nn
 from torch.fx import Node
 
-from attnres_rewrite.graph import data_inputs, depends_on, is_float_tensor, op_name
+from attnres_rewrite.graph import data_inputs, depends_on, is_float_tensor, op_name, require_tensor, submodule_of
 from attnres_rewrite.patterns.base import Rejection
+from attnres_rewrite.patterns.residual_add import ResidualAdd
+from attnres_rewrite.patterns.stream_scale import ScaleMatch, StreamScale
 from attnres_rewrite.patterns.transparent import through_transparent
 
 _NORMS = frozenset("layer_norm rms_norm native_layer_norm group_norm batch_norm rsqrt std var".split())
 _MIXERS = frozenset(
     ("linear matmul bmm mm addmm einsum conv1d conv2d conv3d embedding scaled_dot_product_attention baddbmm").split()
 )
-
+# The same as modules, in a graph that calls these.
+_MIXING_MODULES = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.MultiheadAttention)
 
 TRANSFORMED = (
     "the residual stream is changed between its adds by something that is no scale, so it is not a sum of branch "
@@ -24,6 +31,60 @@ POST_NORM = (
     "post-norm: a norm sits on the residual stream itself, so the stream is not a sum of branch "
     "outputs and Attention Residuals are not defined for it. Use a pre-norm variant of the model"
 )
+GATED = (
+    "gated stream: the residual stream is multiplied by a gate that is computed from it, so the stream is "
+    "not a sum of branch outputs and Attention Residuals are not defined for it"
+)
+HYPER_CONNECTIONS = (
+    "hyper-connections: several residual streams side by side are mixed by a matrix between the sublayers, "
+    "so there is no one stream of branch outputs to attend over"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A chain of adds ``x + f(x)``: a residual stream, or what may be a part of one.
+
+    Attributes:
+        first_module: The module that its first add runs in.
+        last_module: That of its last add.
+        root: The value that it begins with.
+        values: Its stream values.
+        ends: The last of them, before and after trailing scales.
+        is_stream: Whether it is a stream by itself.
+    """
+
+    first_module: str
+    last_module: str
+    root: Node
+    values: frozenset[Node]
+    ends: frozenset[Node]
+    is_stream: bool
+
+    def may_go_on_in(self, other: Piece) -> bool:
+        """Whether ``other`` could be the rest of the stream that this is a piece of, and not another tower."""
+        if not (self.is_stream or other.is_stream):
+            return True
+        paths = [path.split(".") if path else [] for path in (self.last_module, other.first_module)]
+        here, there = next(((a, b) for a, b in itertools.zip_longest(*paths) if a != b), (None, None))
+        if here is None or there is None:
+            # One lies within the other. Of two streams it then is a tower; a single add is a part.
+            return here is there or not (self.is_stream and other.is_stream)
+        # layers.3 and layers.4, or layer_3 and layer_4.
+        return here[-1].isdigit() and there[-1].isdigit() and here.rstrip(string.digits) == there.rstrip(string.digits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """A piece begins with what another one ends in, changed.
+
+    Attributes:
+        end: The end of the other piece.
+        norm: The norm on the way, if there is one.
+    """
+
+    end: Node
+    norm: Node | None
 
 
 class PostNorm:
@@ -39,22 +100,44 @@ class PostNorm:
 
     name = "post-norm"
 
-    def match(self, root: Node, ends: set[Node], index: dict[Node, int]) -> Node | Rejection:
-        """The norm's last node, if ``root`` is the normalised value of one of the chain ends."""
-        norm, pending, seen = None, [root], {root}
-        while pending and len(seen) < 32:
-            node = pending.pop()
+    def match(self, root: Node, ends: Container[Node], stops: Container[Node]) -> list[Continuation] | Rejection:
+        """Which of the chain ends lead to ``root`` without a sublayer between, and the norm on every way.
+
+        Args:
+            root: Where the search backwards begins.
+            ends: What is looked for.
+            stops: What is not searched beyond, like a sublayer.
+        """
+        pending: list[tuple[Node, Node | None]] = [(root, None)]
+        seen, found = {(root, False)}, []
+        while pending and len(seen) < 256:
+            node, norm = pending.pop()
             if node in ends:
-                return norm or Rejection(TRANSFORMED, root)
-            name = op_name(node)
-            if name in _MIXERS:
+                found.append(Continuation(node, norm))
                 continue
-            if name in _NORMS or (node.op == "call_module" and "norm" in str(node.target).lower()):
-                norm = node
-            fresh = [n for n in data_inputs(node) if n not in seen]
-            seen.update(fresh)
-            pending.extend(sorted(fresh, key=index.__getitem__))
-        return Rejection("no other chain of adds leads here but through a sublayer", root)
+            if op_name(node) in _MIXERS or node in stops or isinstance(submodule_of(node), _MIXING_MODULES):
+                continue
+            if op_name(node) in _NORMS or "norm" in f"{type(submodule_of(node)).__name__}{node.target}".lower():
+                norm = norm or node
+            fresh = [n for n in data_inputs(node) if (n, norm is not None) not in seen]
+            seen.update((n, norm is not None) for n in fresh)
+            pending.extend((n, norm) for n in fresh)
+        return found or Rejection("no other chain of adds leads here but through a sublayer", root)
+
+
+@dataclasses.dataclass(frozen=True)
+class GateMatch:
+    """The multiplication by the gate, the stream value that it multiplies, and what is added to the product."""
+
+    product: Node
+    stream: Node
+    branch: Node
+
+    def holds(self, piece: Piece, index: dict[Node, int]) -> bool:
+        """Whether ``piece`` begins and ends in the branch."""
+        return _computes_from(piece.root, self.stream, index) and any(
+            _computes_from(self.branch, end, index) for end in piece.ends
+        )
 
 
 class GatedStream:
@@ -71,58 +154,120 @@ class GatedStream:
 
     name = "gated stream"
 
-    def match(self, add: Node, index: dict[Node, int]) -> Node | Rejection:
+    def match(self, add: Node, index: dict[Node, int]) -> GateMatch | Rejection:
         """The multiplication by the gate, if ``add`` adds a branch to a gated stream."""
-        operands = [n for n in add.args[:2] if isinstance(n, Node)]
-        for product, branch in (operands, operands[::-1]) if len(operands) == 2 else ():
-            product = through_transparent(product)
-            factors = [n for n in product.args[:2] if isinstance(n, Node) and is_float_tensor(n)]
-            if op_name(product) != "mul" or len(factors) != 2:
-                continue
-            for stream, gate in (factors, factors[::-1]):
-                stream = through_transparent(stream)
-                if _computes_from(gate, stream, index) and _computes_from(branch, stream, index):
-                    return product
+        for operand, branch in _both_ways(add):
+            for product in _scaled_values(operand):
+                factors = [n for n in product.args[:2] if isinstance(n, Node) and is_float_tensor(n)]
+                if op_name(product) != "mul" or len(factors) != 2:
+                    continue
+                for stream, gate in (factors, factors[::-1]):
+                    stream = through_transparent(stream)
+                    if _computes_from(gate, stream, index) and _computes_from(branch, stream, index):
+                        return GateMatch(product, stream, branch)
         return Rejection("no operand is a gated stream", add)
 
 
+class HyperConnections:
+    """Several streams side by side, which a matrix mixes where a residual stream is merely passed on.
+
+    ::
+
+        X ─┬─► M @ X ───────────────────────► (+) ─► M @ X + p f(X)        X: [..., n, D], M: [..., n, n]
+           └─► mix ─► sublayer ─► f ─► (* p) ──┘
+
+    Depth attention is over one stream; what n mixed ones would attend over is another architecture.
+    """
+
+    name = "hyper-connections"
+
+    def match(self, add: Node, index: dict[Node, int]) -> Node | Rejection:
+        """The mixing, if ``add`` adds a branch to mixed streams."""
+        for mixed, branch in _both_ways(add):
+            mixed = through_transparent(mixed)
+            while op_name(mixed) == "getitem" and isinstance(mixed.args[0], Node):
+                mixed = through_transparent(mixed.args[0])
+            if op_name(mixed) not in ("matmul", "bmm", "einsum"):
+                continue
+            streams = (through_transparent(source) for source in data_inputs(mixed) if _is_wide(source, mixed))
+            if any(_computes_from(branch, stream, index) for stream in streams):
+                return mixed
+        return Rejection("no operand is a mixture of streams", add)
+
+
+def _both_ways(add: Node) -> tuple[tuple[Node, Node], ...]:
+    """The operands of an add of two tensors of one shape, in either order."""
+    match = ResidualAdd().match(add)
+    if isinstance(match, Rejection):
+        return ()
+    return (match.left, match.right), (match.right, match.left)
+
+
+def _scaled_values(node: Node) -> Iterator[Node]:
+    """``node`` without transparent operations, and what it is without one scale after another."""
+    yield (node := through_transparent(node))
+    while isinstance(match := StreamScale().match(node), ScaleMatch):
+        yield (node := through_transparent(match.source))
+
+
+def _is_wide(source: Node, mixed: Node) -> bool:
+    """Whether ``source`` is several streams ``[..., n, D]`` that ``mixed`` may be a mixture of."""
+    if not is_float_tensor(source):
+        return False
+    before, after = require_tensor(source).shape, require_tensor(mixed).shape
+    return len(before) == len(after) >= 4 and bool(before[-1] == after[-1]) and bool(before[:-2] == after[:-2])
+
+
 def _computes_from(node: Node, value: Node, index: dict[Node, int]) -> bool:
-    return node is not value and depends_on(node, lambda other: other is value, index[value], index)
+    if node is value or index[node] < index[value]:
+        return False
+    return depends_on(node, lambda other: other is value, index[value], index)
 
 
-def explain_refusal(
-    roots: Sequence[Node], chains: Sequence[Sequence[Node]], rejected: Sequence[Node], index: dict[Node, int]
-) -> Rejection | None:
-    """The reason why a graph without a stream has none; ``None`` if no known one applies.
+def explain_refusals(pieces: Sequence[Piece], rejected: Sequence[Node], index: dict[Node, int]) -> list[Rejection]:
+    """What the residual connections of a graph are that are no stream, or break one into pieces.
+
+    A stream that goes on behind a norm or a gate is found in pieces, of which any may be a single add. So
+    where a piece begins with the changed end of another, or an add gates one, nothing may be rewritten.
 
     Args:
-        roots: The first value of every chain of adds.
-        chains: The adds of every chain.
+        pieces: The streams, and the other chains of adds.
         rejected: The adds that are on no chain.
         index: The topological order.
+
+    Returns:
+        One rejection a piece or add, with its reason; none if all is well, or if no known reason applies.
     """
-    gated = GatedStream()
-    for add in rejected:
-        if isinstance(product := gated.match(add, index), Node):
-            return Rejection(
-                "gated stream: the residual stream is multiplied by a gate that is computed from it, so the stream is "
-                "not a sum of branch outputs and Attention Residuals are not defined for it",
-                product,
-            )
-    ends = {chain[-1] for chain in chains}
-    pattern = PostNorm()
-    for root in roots:
-        if root in ends:
+    post_norm, transformed = [], []
+    piece_of = {end: piece for piece in pieces for end in piece.ends}
+    values = set().union(*(piece.values for piece in pieces)) - piece_of.keys()
+    for piece in pieces:
+        found = PostNorm().match(piece.root, piece_of.keys() - piece.ends, values - {piece.root})
+        if isinstance(found, Rejection):
             continue
-        outcome = pattern.match(root, ends, index)
-        if isinstance(outcome, Node):
-            return Rejection(POST_NORM, outcome)
-    return None
+        if any(continuation.norm is None for continuation in found):
+            transformed.append(Rejection(TRANSFORMED, piece.root))
+            continue
+        norms = [c.norm for c in found if piece_of[c.end].may_go_on_in(piece)]
+        # A norm between two towers is the first one's last.
+        post_norm += [Rejection(POST_NORM, norm) for norm in norms[:1] if norm is not None]
 
-
-def explain_interruption(root: Node, ends: set[Node], index: dict[Node, int]) -> Rejection | None:
-    """Why a stream that begins at ``root`` is the rest of one that ends in ``ends``; ``None`` if it is not."""
-    outcome = PostNorm().match(root, ends, index)
-    if isinstance(outcome, Node):
-        return Rejection(POST_NORM, outcome)
-    return outcome if outcome.reason == TRANSFORMED else None
+    gates = [gate for add in rejected if isinstance(gate := GatedStream().match(add, index), GateMatch)]
+    streams = [piece for piece in pieces if piece.is_stream]
+    sure = [
+        Rejection(GATED, gate.product)
+        for gate in gates
+        if any(value in piece_of for value in _scaled_values(gate.stream))
+        or any(gate.holds(stream, index) for stream in streams)
+    ]
+    if streams:
+        return sure + post_norm + transformed
+    mixed = [mixing for add in rejected if isinstance(mixing := HyperConnections().match(add, index), Node)]
+    return [
+        *sure,
+        *post_norm,
+        # Without a stream anything that looks like a gate is taken for one.
+        *(Rejection(GATED, gate.product) for gate in gates),
+        *(Rejection(HYPER_CONNECTIONS, mixing) for mixing in mixed),
+        *transformed,
+    ]
