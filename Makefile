@@ -17,11 +17,12 @@ BOOTSTRAP ?= $(shell for python in python3 python3.13 python3.12 python3.11 pyth
 	"$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { echo "$$python"; break; }; done)
 
-.PHONY: help install demo test test-gpu check format bench clean
+.PHONY: help install demo test zoo test-gpu check format bench clean
 
 help:
 	@echo 'make demo      train a small Llama plain and rewritten, export it; options in ARGS="--steps 50"'
 	@echo 'make test      run the tests; options for pytest in ARGS="-k op"'
+	@echo 'make zoo       rewrite every architecture in tests/zoo and print what was accepted and refused'
 	@echo 'make test-gpu  run the tests that need CUDA, with PYTHON=... (now: $(PYTHON))'
 	@echo 'make check     ruff, ruff format and mypy --strict'
 	@echo 'make format    let ruff rewrite what it can'
@@ -36,6 +37,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "Making $(VENV) with $(BOOTSTRAP)"; "$(BOOTSTRAP)" -m venv $(VENV); }
 	@echo "Installing into $(VENV) (torch is large: the first time takes some minutes)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# It depends on torchvision, which the models that the tests use do not need.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps vit-pytorch
 	@touch $@
 
 # Threads that wait asleep: spinning ones stretch every step when something else wants the cores.
@@ -44,10 +47,13 @@ demo: $(STAMP)
 	$(BIN)/attnres demo $(ARGS)
 
 # One thread a worker, and no pool of compile workers beside pytest's own: the cores are taken already.
-test: export OMP_NUM_THREADS ?= 1
-test: export TORCHINDUCTOR_COMPILE_THREADS ?= 1
+test zoo: export OMP_NUM_THREADS ?= 1
+test zoo: export TORCHINDUCTOR_COMPILE_THREADS ?= 1
 test: $(STAMP)
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m 'not gpu' $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m 'not gpu and not zoo' $(ARGS)
+
+zoo: $(STAMP)
+	$(BIN)/python -m pytest tests/zoo -n logical --maxprocesses 8 --dist worksteal -m 'not gpu' $(ARGS)
 
 test-gpu:
 	@if "$(PYTHON)" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
@@ -68,6 +74,8 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/op.py
 	$(BIN)/python benchmarks/end_to_end.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/checkpointing.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache torch_compile_debug

@@ -6,8 +6,10 @@ module, so a new PyTorch release is checked by reading this file.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import logging
 import types
 import warnings
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch.utils._pytree as pytree
+from torch._functorch import config as functorch_config
 from torch._subclasses import FakeTensorMode
 from torch.backends import mha
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp as FakeTensorProp
@@ -40,6 +43,23 @@ def recompute_tags(region_id: int) -> dict[str, Any]:
     from torch.utils.checkpoint import CheckpointPolicy
 
     return {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": region_id}
+
+
+def reading_region(value: torch.fx.Node) -> int | None:
+    """The checkpointed region in which ``value`` is read first; the one after its own if it is read in none.
+
+    What one region computes and another reads, the partitioner saves. So a node that is cheap to compute
+    from values that are saved in any case belongs to the region that reads it.
+    """
+    readers = [user.meta["ac_graph_id"] for user in value.users if "ac_graph_id" in user.meta]
+    own = value.meta.get("ac_graph_id")
+    return min(readers) if readers else own + 1 if own is not None else None
+
+
+def move_to_region(node: torch.fx.Node, region_id: int | None) -> None:
+    """Let the partitioner recompute ``node`` with the checkpointed region ``region_id``, or with none."""
+    if region_id is not None:
+        node.meta.update(recompute_tags(region_id))
 
 
 def lookup_backend(name: str) -> Callable[..., Any]:
@@ -74,7 +94,11 @@ def inductor_compile(module: torch.fx.GraphModule, inputs: list[Any], mode: str 
 
     patches = dict(inductor.list_mode_options(mode)) if mode and mode != "default" else {}
     patches.update(options or {})
-    return inductor.compile(module, inputs, options=patches or None)
+    # The cache of compiled autograd graphs does not look at these tags, so it would not tell two models apart of
+    # which one is checkpointed.
+    tagged = any("ac_graph_id" in node.meta for node in module.graph.nodes)
+    with functorch_config.patch(enable_autograd_cache=False) if tagged else contextlib.nullcontext():
+        return inductor.compile(module, inputs, options=patches or None)
 
 
 def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,6 +152,14 @@ def graph_break_types() -> tuple[type[BaseException], ...]:
 def refusing_graph_breaks(refuse: bool) -> Any:
     """A context in which, where ``refuse`` says so, Dynamo raises at a graph break as it traces."""
     return torch._dynamo.error_on_graph_break(refuse)
+
+
+def ignore_logged_warnings() -> None:
+    """Let Dynamo leave out ``logger.warning_once``, which transformers adds and calls in the forward of its models."""
+    warn_once = getattr(logging.Logger, "warning_once", None)
+    if warn_once is not None:
+        config = torch._dynamo.config
+        config.ignore_logging_functions = {*config.ignore_logging_functions, warn_once}
 
 
 def isolated_compile_options() -> dict[str, Any]:

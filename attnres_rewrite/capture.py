@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from attnres_rewrite import _compat
 from attnres_rewrite.errors import ExampleInputsError, GraphBreakError, NotRewrittenError
-from attnres_rewrite.graph import module_path, module_stack, normalise_path
+from attnres_rewrite.graph import module_path, module_stack, normalise_path, source_line
 from attnres_rewrite.pipeline import find_streams
 
 ExampleInputs = Mapping[str, Any] | tuple[Any, ...] | torch.Tensor
@@ -118,6 +118,9 @@ def capture(model: nn.Module, call: Call) -> GraphModule:
         raise
     except Exception as error:
         _run_plainly(model, call)
+        with contextlib.suppress(*_compat.graph_break_types()):
+            # Some models set themselves up in their first call, in ways that Dynamo cannot trace.
+            return capture_whole(model, call)
         if not isinstance(error, _compat.graph_break_types()):
             raise GraphBreakError(f"Dynamo cannot trace {type(model).__name__}: {error}") from error
         return _capture_around_breaks(model, call, error)
@@ -160,6 +163,7 @@ def compiled(
         with _compat.refusing_graph_breaks(one_graph):
             return _compat.unfused(function, *args, **kwargs)
 
+    _compat.ignore_logged_warnings()
     return torch.compile(_compat.with_own_code(forward), backend=backend)
 
 
@@ -226,7 +230,8 @@ def _capture_around_breaks(model: nn.Module, call: Call, error: Exception) -> Gr
 
     with _without_traces(model):
         call.run(compiled(model, record))
-    streams = {module: find_streams(module).streams for module, _ in runs}
+    analyses = {module: find_streams(module) for module, _ in runs}
+    streams = {module: analysis.streams for module, analysis in analyses.items()}
     found = [(module, arguments) for module, arguments in runs if streams[module]]
     others = [module for module, _ in runs if not streams[module]]
     if len(found) != 1 or any(_shares_layers(found[0][0], other) for other in others):
@@ -234,6 +239,13 @@ def _capture_around_breaks(model: nn.Module, call: Call, error: Exception) -> Gr
             f"the forward of {type(model).__name__} breaks into {len(runs)} graphs, and not one of them holds a "
             f"whole residual stream, so none can be rewritten. Remove the graph break: {error}"
         ) from error
+    for other in others:
+        if lone := analyses[other].lone:
+            raise GraphBreakError(
+                f"the forward of {type(model).__name__} breaks into {len(runs)} graphs, and a residual stream is in "
+                f"several of them, with an add at {source_line(lone[0])}, so it would stay plain. Remove the graph "
+                f"break: {error}"
+            ) from error
     module, arguments = found[0]
     prefix = _add_prefix(model, module, arguments)
     for stream in streams[module]:

@@ -83,7 +83,15 @@ def make_app() -> "typer.Typer":
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     ) -> None:
         """Show the residual streams of a model and what a rewrite would do; no weights are loaded."""
-        print(explain_model(model, parse_blocks(blocks), as_json=as_json))
+        from attnres_rewrite.errors import AttnResError
+
+        try:
+            print(explain_model(model, parse_blocks(blocks), as_json=as_json))
+        except AttnResError as error:
+            if not as_json:
+                raise
+            print(json.dumps({"error": type(error).__name__, "message": str(error)}, indent=1))
+            raise typer.Exit(1) from error
 
     return app
 

@@ -54,6 +54,8 @@ class _Binder:
         self.specs = list(program.graph_signature.input_specs)
         self.placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
         self._sites: dict[str, int] = {}
+        self._by_name = {spec.target: n for spec, n in zip(self.specs, self.placeholders, strict=True)}
+        self._parameters = sum(spec.kind == InputKind.PARAMETER for spec in self.specs)
 
     def parameters(self, plan: StreamPlan) -> list[SiteParameters]:
         """One entry a site of ``plan``; streams of one owner number their sites on."""
@@ -70,12 +72,11 @@ class _Binder:
         return made
 
     def _bind(self, name: str, root: torch.Tensor, start: float) -> Node:
-        for spec, node in zip(self.specs, self.placeholders, strict=True):
-            if spec.target == name:
-                return cast(Node, node)
+        if name in self._by_name:
+            return cast(Node, self._by_name[name])
         width = int(root.shape[-1])
         self.state[name] = torch.nn.Parameter(torch.full((width,), start, dtype=root.dtype, device=root.device))
-        position = sum(spec.kind == InputKind.PARAMETER for spec in self.specs)
+        position, self._parameters = self._parameters, self._parameters + 1
         with self.module.graph.inserting_before(self.placeholders[position]):
             node = self.module.graph.placeholder("p_" + name.replace(".", "_"))
         with root.fake_mode:  # type: ignore[attr-defined]

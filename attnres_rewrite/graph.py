@@ -12,6 +12,7 @@ import heapq
 import operator
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -178,7 +179,7 @@ def normalise_path(path: str) -> str:
     Dynamo writes ``L['self'].model.layers.0``, export ``model.layers.0``. The modules of a rewritten
     owner are reached through its wrapped forward, which Dynamo spells ``model.forward.owner.layers.0``.
     """
-    path = _INDEX.sub(r".\1", _ROOT.sub("", path)).replace("._modules.", ".").strip(".")
+    path = _INDEX.sub(r".\1", _ROOT.sub("", path)).replace(".__dict__.", ".").replace("._modules.", ".").strip(".")
     return _LIVE_OWNER.sub("", path).strip(".")
 
 
@@ -206,12 +207,13 @@ def module_path(node: Node) -> str:
     return stack[-1] if stack else ""
 
 
+_HERE = str(Path(__file__).parent)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
 
 
 def source_line(node: Node) -> str:
     """Where in the user's code ``node`` comes from, as ``module: file:line: code``."""
-    frames = _FRAME.findall(node.stack_trace or "")
+    frames = [frame for frame in _FRAME.findall(node.stack_trace or "") if not frame[0].startswith(_HERE)]
     where = f"module {module_path(node) or '(root)'!r}"
     if not frames:
         return f"{where}: node {node.name} ({op_name(node)})"

@@ -26,15 +26,7 @@ def rewrite_graph_module(
     """
     module = with_metadata(module, example_inputs)
     analysis = analyse(module, config)
-    counts: dict[str, int] = {}
-
-    def parameters(plan: StreamPlan) -> list[SiteParameters]:
-        owner = plan.stream.owner
-        first = counts.get(owner, 0)
-        counts[owner] = first + len(plan.stream.branches)
-        return [_site(module, plan, i, config) for i in range(first, counts[owner])]
-
-    insert(module, analysis.plans, parameters, config)
+    insert(module, analysis.plans, _SiteMaker(module, config).parameters, config)
     return module
 
 
@@ -96,17 +88,29 @@ def _propagate(module: GraphModule, arguments: list[object]) -> None:
         raise ExampleInputsError(f"the GraphModule does not run on the example inputs: {error}") from error
 
 
-def _site(module: GraphModule, plan: StreamPlan, index: int, config: AttnResConfig) -> SiteParameters:
-    root = require_tensor(plan.stream.root)
-    owner = plan.stream.owner
-    path = f"{owner}.attn_res.{index}" if owner else f"attn_res.{index}"
-    site = AttnResSite(plan.stream.width, gain=config.key_gain, device=root.device, dtype=root.dtype)
-    module.add_submodule(path, site)
-    first = next(n for n in module.graph.nodes if n.op != "placeholder")
-    build = GraphBuilder(module)
-    with module.graph.inserting_before(first):
-        query = build.attribute(f"{path}.query", site.query, fake_like=plan.stream.root)
-        gain = None
-        if site.gain is not None:
-            gain = build.attribute(f"{path}.gain", site.gain, fake_like=plan.stream.root)
-    return SiteParameters(query, gain)
+class _SiteMaker:
+    """Adds sites to a graph module, as submodules and as nodes that read them before anything is computed."""
+
+    def __init__(self, module: GraphModule, config: AttnResConfig) -> None:
+        self.module, self.config = module, config
+        self.build = GraphBuilder(module)
+        self.first = next(n for n in module.graph.nodes if n.op != "placeholder")
+        self.counts: dict[str, int] = {}
+
+    def parameters(self, plan: StreamPlan) -> list[SiteParameters]:
+        """One entry a site of ``plan``; streams of one owner number their sites on."""
+        start = self.counts.get(plan.stream.owner, 0)
+        self.counts[plan.stream.owner] = start + len(plan.stream.branches)
+        return [self._site(plan, i) for i in range(start, self.counts[plan.stream.owner])]
+
+    def _site(self, plan: StreamPlan, index: int) -> SiteParameters:
+        root, owner = require_tensor(plan.stream.root), plan.stream.owner
+        path = f"{owner}.attn_res.{index}" if owner else f"attn_res.{index}"
+        site = AttnResSite(plan.stream.width, gain=self.config.key_gain, device=root.device, dtype=root.dtype)
+        self.module.add_submodule(path, site)
+        with self.module.graph.inserting_before(self.first):
+            query = self.build.attribute(f"{path}.query", site.query, fake_like=plan.stream.root)
+            gain = None
+            if site.gain is not None:
+                gain = self.build.attribute(f"{path}.gain", site.gain, fake_like=plan.stream.root)
+        return SiteParameters(query, gain)

@@ -19,6 +19,7 @@ from attnres_rewrite import _compat
 from attnres_rewrite.anchor import AnchorSpec, not_rewritten_message
 from attnres_rewrite.backend import AttnResBackend
 from attnres_rewrite.errors import NotRewrittenError
+from attnres_rewrite.huggingface import install_output_hooks
 
 
 class AttnResSite(nn.Module):
@@ -97,6 +98,7 @@ class LiveState:
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function``, compiled by the backend, with a cache of its own."""
+        _compat.ignore_logged_warnings()
         compiled: Callable[..., Any] = torch.compile(
             _compat.with_own_code(function), backend=self.backend, **self.options
         )
@@ -124,6 +126,7 @@ class LiveForward:
             return self.original(*args, **kwargs)
         if _is_traced() or torch.compiler.is_exporting() or _compat.compile_disabled():
             raise NotRewrittenError(not_rewritten_message(AnchorSpec.from_json(self.spec).owner))
+        install_output_hooks(self.owner, kwargs)
         if self._compiled is None:
             self._compiled = self.state.compile(_run_layers)
         return self._compiled(self, *args, **kwargs)
@@ -168,6 +171,7 @@ class RootCall:
 
     def __init__(self, model: nn.Module, state: LiveState, owner: str) -> None:
         self.model, self.state, self.owner = model, state, owner
+        _compat.ignore_logged_warnings()
         model.compile(backend=state.backend, **state.options, **_compat.isolated_compile_options())
         self.compiled: Any = model._compiled_call_impl
 
@@ -177,6 +181,7 @@ class RootCall:
             return self.model._call_impl(*args, **kwargs)
         if _is_traced():
             raise NotRewrittenError(not_rewritten_message(self.owner))
+        install_output_hooks(self.model, kwargs)
         return self.compiled(*args, **kwargs)
 
 

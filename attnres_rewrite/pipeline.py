@@ -22,7 +22,10 @@ from attnres_rewrite.passes import (
     SiteParameters,
     StreamAnalysis,
 )
-from attnres_rewrite.streams import Rejected, ResidualStream, StreamPlan
+from attnres_rewrite.streams import Rejected, ResidualStream, StreamPlan, rejected_lines
+
+# How many lines an error gives to what was seen.
+_SHOWN = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,21 +69,25 @@ def analyse(module: GraphModule, config: AttnResConfig) -> Analysis:
     found = find_streams(module)
     for refusal in found.refusals:
         if not found.streams or _concerns(refusal, config.streams):
-            raise _with_remedy(refusal, [stream.owner for stream in found.streams])
+            raise _explained(refusal, found)
     streams = selected(found.streams, config)
     plans = tuple(GroupLayers()(module, stream, config) for stream in streams)
     return Analysis(plans, tuple(stream.owner for stream in found.streams), found.rejected)
 
 
-def _with_remedy(refusal: Refusal, owners: Sequence[str]) -> AttnResError:
-    """The error, which names the streams that could be rewritten without it."""
-    others = tuple(owner for owner in owners if not _concerns(refusal, (owner,)))
-    if not others:
-        return refusal.error
-    return type(refusal.error)(
-        f"{refusal.error}. To leave it as it is, and rewrite the other streams alone, name them: "
-        f"AttnResConfig(streams={others})"
-    )
+def _explained(refusal: Refusal, found: StreamAnalysis) -> AttnResError:
+    """The error with what could be rewritten without it, and with what was seen."""
+    parts = [str(refusal.error)]
+    if others := tuple(s.owner for s in found.streams if not _concerns(refusal, (s.owner,))):
+        parts.append(
+            f"To leave this as it is, and rewrite the other streams alone, name them: AttnResConfig(streams={others})"
+        )
+    seen = [f"  chain of {len(s.branches)} adds in module {s.owner or '(root)'!r}" for s in found.streams]
+    seen += rejected_lines([(source_line(r.node), r.reason) for r in found.rejected])
+    if seen:
+        parts.append("What was seen (chains, and adds that are on none):")
+        parts += seen[:_SHOWN] + [f"  and {len(seen) - _SHOWN} more"] * (len(seen) > _SHOWN)
+    return type(refusal.error)("\n".join(parts))
 
 
 def _concerns(refusal: Refusal, owners: Sequence[str] | None) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.graph import require_tensor, source_line
 from attnres_rewrite.pipeline import Analysis
-from attnres_rewrite.streams import StreamPlan
+from attnres_rewrite.streams import StreamPlan, rejected_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Report:
         for stream in self.streams:
             lines.extend(_stream_lines(stream))
         if self.rejected:
-            lines.append(f"{len(self.rejected)} other adds:")
-            lines.extend(f"  {where}: {reason}" for where, reason in self.rejected)
+            lines.append(f"{len(self.rejected)} other adds, by source line:")
+            lines.extend(rejected_lines(self.rejected))
         return "\n".join(lines)
 
 

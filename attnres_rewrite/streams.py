@@ -6,6 +6,7 @@ Frozen: an analysis writes these once, and the rewrite only reads them.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 from torch.fx import Node
@@ -114,3 +115,16 @@ class Rejected:
 
     node: Node
     reason: str
+
+
+def rejected_lines(rejected: Sequence[tuple[str, str]]) -> list[str]:
+    """One line for all the adds that a line of source code makes and that are rejected for one reason.
+
+    Args:
+        rejected: Source line, with its module, and reason of every add.
+    """
+    # The first of them stands for the others, which differ in the module: layer by layer, as a rule.
+    groups: dict[tuple[str, str], list[str]] = {}
+    for where, reason in rejected:
+        groups.setdefault((where.partition("': ")[2], reason), []).append(where)
+    return [f"  {len(places):4d}x {places[0]}: {reason}" for (_, reason), places in groups.items()]

@@ -97,6 +97,14 @@ def test_explain_a_configuration_folder_as_json(run, tmp_path):
     assert (stream["owner"], stream["width"], stream["branches"], len(stream["blocks"])) == ("model", 16, 8, 4)
 
 
+def test_a_refusal_as_json(run):
+    result = run("explain", "test_cli:make_mlp", "--json")
+    assert result.exit_code == 1
+    told = json.loads(result.output)
+    assert told["error"] == "NoResidualStreamError"
+    assert told["message"].startswith("no residual stream was found")
+
+
 def test_a_configuration_makes_no_weights(tmp_path):
     from transformers import LlamaConfig
 

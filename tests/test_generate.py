@@ -1,90 +1,190 @@
-"""`generate()` of a rewritten Hugging Face model: the KV cache changes the cost and not the tokens."""
+"""`generate()` of a rewritten Hugging Face model: the KV cache changes the cost and not the tokens.
+
+The reference is a model that recomputes everything at every step, without a cache: for Llama and GPT-2 the
+hand-written one, run by the same `generate()`, so that sampling and beam search draw and score alike.
+"""
 
 import copy
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from models import gpt2, llama, prepared, randomise_sites, site_parameters, token_ids
-from reference_models import reference_llama
+from models import VOCAB, WIDTH, gpt2, llama, prepared, randomise_sites, site_parameters, token_ids
+from reference_models import reference_gpt2, reference_llama
 from torch import Tensor, nn
 
 import attnres_rewrite as ar
 
-NEW_TOKENS = 8
+transformers = pytest.importorskip("transformers")
+
+LAYERS, BLOCKS, NEW_TOKENS = 2, 2, 8
 # Without the token that pads, which generate() would mask.
 PROMPT = token_ids(2, 5).clamp_min(1)
+MODES = {
+    "greedy": {},
+    # The default keeps the 50 most likely tokens only; here every token may be drawn.
+    "sampling": {"do_sample": True, "top_k": 0},
+    "cooler sampling": {"do_sample": True, "top_k": 5, "temperature": 0.7},
+    "beam search": {"num_beams": 3},
+}
 
 
-def generate(model: nn.Module, **options: object) -> Tensor:
-    model.generation_config.update(pad_token_id=0, eos_token_id=None)
-    return model.generate(PROMPT, max_new_tokens=NEW_TOKENS, do_sample=False, **options)
+@pytest.fixture(autouse=True)
+def _fresh_start() -> None:
+    """Instead of the one for all tests: here they share what was compiled, as requests to one server do."""
+    torch.manual_seed(0)
 
 
-@torch.no_grad()
-def greedy_without_cache(model: nn.Module) -> Tensor:
-    ids = PROMPT
-    for _ in range(NEW_TOKENS):
-        best = model(ids, use_cache=False).logits[:, -1].argmax(-1)
-        ids = torch.cat((ids, best[:, None]), -1)
-    return ids
+@pytest.fixture(autouse=True, scope="module")
+def _room_for_graphs() -> Iterator[None]:
+    torch._dynamo.reset()
+    # All ways to generate together make more graphs of one function than the default allows.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
 
 
-@pytest.mark.parametrize("make", [llama, gpt2])
-def test_cached_generation_equals_recomputing(make) -> None:
-    model = randomise_sites(ar.rewrite(prepared(make(3)), 2, backend="eager"))
-    tokens = generate(model)
-    assert tokens.shape == (2, PROMPT.shape[1] + NEW_TOKENS)
-    assert torch.equal(tokens, greedy_without_cache(model))
-    with ar.disabled(model):
-        plain = generate(model)
-    assert not torch.equal(tokens, plain), "random queries change the tokens"
-    # A second prompt length and what was compiled before: still the same tokens.
-    assert torch.equal(generate(model), tokens)
+class Recomputing:
+    """Makes `generate()` of a plain model run a hand-written forward, of all tokens at every step."""
+
+    @staticmethod
+    def of(model: nn.Module, forward: Callable[[Tensor], Tensor]) -> nn.Module:
+        def recompute(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: object) -> object:
+            return transformers.modeling_outputs.CausalLMOutput(logits=forward(input_ids))
+
+        model.__class__ = type(f"Recomputing{type(model).__name__}", (type(model),), {"forward": recompute})
+        return model
 
 
-def test_generated_tokens_are_those_of_the_hand_written_model() -> None:
-    plain = prepared(llama(3))
-    model = copy.deepcopy(plain)
-    randomise_sites(ar.rewrite(model, 2, backend="eager"))
+def pair(
+    make: Callable[..., nn.Module], reference: Callable[..., Tensor], **options: object
+) -> tuple[nn.Module, nn.Module]:
+    """A rewritten model with random queries, and the hand-written one of the same weights."""
+    model = prepared(make(LAYERS))
+    plain = copy.deepcopy(model)
+    randomise_sites(ar.rewrite(model, BLOCKS, backend="eager", **options))
     queries, gains = site_parameters(model)
-    ids = PROMPT
-    for _ in range(NEW_TOKENS):
-        best = reference_llama(plain, ids, queries, gains, blocks=2)[:, -1].argmax(-1)
-        ids = torch.cat((ids, best[:, None]), -1)
-    assert torch.equal(generate(model), ids)
+    return model, Recomputing.of(plain, lambda ids: reference(plain, ids, queries, gains, blocks=BLOCKS))
 
 
-def test_zero_queries_with_sum_generate_what_the_original_generates() -> None:
-    original = prepared(llama(3))
-    expected = generate(original)
-    rewritten = ar.rewrite(original, config=ar.AttnResConfig(blocks=2, aggregation="sum"), backend="eager")
-    assert torch.equal(generate(rewritten), expected)
-    assert len(expected.unique()) > 3, "a model that repeats one token proves little"
+@pytest.fixture(scope="module")
+def llamas() -> tuple[nn.Module, nn.Module]:
+    # Symbolic sizes from the start, so that fewer graphs are made; GPT-2 below goes the usual way.
+    return pair(llama, reference_llama, dynamic=True)
 
 
-def test_decoding_step_by_step_gives_the_logits_of_one_pass() -> None:
-    model = randomise_sites(ar.rewrite(prepared(llama(3)), 2, backend="eager"))
-    ids = token_ids(2, 7)
-    with torch.no_grad():
-        whole = model(ids, use_cache=False).logits
-        cache, steps = None, []
-        for position in range(ids.shape[1]):
-            output = model(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            steps.append(output.logits)
-    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-5)
-
-
-def test_left_padded_batches() -> None:
-    """Padding goes in by the attention mask; the tokens of each row are those it gets alone."""
-    model = randomise_sites(ar.rewrite(prepared(llama(3)), 2, backend="eager"))
+def generate(model: nn.Module, ids: Tensor = PROMPT, **options: object) -> Tensor:
     model.generation_config.update(pad_token_id=0, eos_token_id=None)
-    options = {"max_new_tokens": 4, "do_sample": False}
+    torch.manual_seed(4)
+    return model.generate(ids, **{"max_new_tokens": NEW_TOKENS, "do_sample": False, **options})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_equals_recomputing(llamas, mode) -> None:
+    model, recomputing = llamas
+    tokens = generate(model, **MODES[mode])
+    assert tokens.shape == (2, PROMPT.shape[1] + NEW_TOKENS)
+    assert torch.equal(tokens, generate(recomputing, use_cache=False, **MODES[mode]))
+
+
+def test_the_modes_differ_and_the_queries_show(llamas) -> None:
+    """Else the tests above would compare little."""
+    model, recomputing = llamas
+    tokens = {mode: generate(recomputing, use_cache=False, **MODES[mode]) for mode in MODES}
+    assert len({str(found.tolist()) for found in tokens.values()}) == len(MODES)
+    with ar.disabled(model):
+        plain = {mode: generate(model, **options) for mode, options in MODES.items()}
+    assert not any(torch.equal(tokens[mode], plain[mode]) for mode in MODES)
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beam search"])
+def test_static_cache(llamas, mode) -> None:
+    """A buffer of fixed size, so every step has the same shapes."""
+    model, recomputing = llamas
+    tokens = generate(model, cache_implementation="static", **MODES[mode])
+    assert torch.equal(tokens, generate(recomputing, use_cache=False, **MODES[mode]))
+
+
+def test_other_prompts_follow_on_what_was_compiled(llamas) -> None:
+    model, recomputing = llamas
+    for batch, length in ((3, 7), (2, 9)):
+        ids = token_ids(batch, length, seed=length).clamp_min(1)
+        assert torch.equal(generate(model, ids), generate(recomputing, ids, use_cache=False))
+
+
+def test_left_padded_batches(llamas) -> None:
+    """Padding goes in by the attention mask; the tokens of each row are those it gets alone."""
+    model, recomputing = llamas
     short, long = PROMPT[:1, :3], PROMPT[1:]
     padded = torch.cat((torch.zeros(1, 2, dtype=torch.long), short), -1)
     mask = torch.ones(2, 5, dtype=torch.long)
     mask[0, :2] = 0
-    both = model.generate(torch.cat((padded, long)), attention_mask=mask, **options)
-    alone = [model.generate(row, attention_mask=torch.ones_like(row), **options) for row in (short, long)]
+    both = generate(model, torch.cat((padded, long)), attention_mask=mask)
+    alone = [generate(recomputing, row, use_cache=False) for row in (short, long)]
     assert torch.equal(both[0, 5:], alone[0][0, 3:])
     assert torch.equal(both[1], alone[1][0])
+
+
+def test_every_step_has_the_logits_of_recomputing(llamas) -> None:
+    model, recomputing = llamas
+    options = {"return_dict_in_generate": True, "output_logits": True}
+    cached = generate(model, **options).logits
+    recomputed = generate(recomputing, use_cache=False, **options).logits
+    assert len(cached) == NEW_TOKENS
+    torch.testing.assert_close(torch.stack(cached), torch.stack(recomputed), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_zero_queries_generate_what_the_original_generates(llamas) -> None:
+    model, _ = llamas
+    sites = [parameter for _, parameter in ar.attnres_parameters(model)]
+    before = [parameter.clone() for parameter in sites]
+    for name, parameter in ar.attnres_parameters(model):
+        parameter.fill_(0.0 if name.endswith("query") else 1.0)
+    tokens = generate(model)
+    for parameter, value in zip(sites, before, strict=True):
+        parameter.copy_(value)
+    assert torch.equal(tokens, generate(prepared(llama(LAYERS))))
+    assert not torch.equal(tokens, generate(model))
+    assert len(tokens.unique()) > 3, "a model that repeats one token proves little"
+
+
+def test_learned_positions() -> None:
+    """GPT-2 finds the position of a token by the length of the cache."""
+    model, recomputing = pair(gpt2, reference_gpt2)
+    for mode in ("greedy", "sampling"):
+        tokens = generate(model, **MODES[mode])
+        assert torch.equal(tokens, generate(recomputing, use_cache=False, **MODES[mode]))
+
+
+def t5() -> nn.Module:
+    config = transformers.T5Config(
+        vocab_size=VOCAB,
+        d_model=WIDTH,
+        d_kv=8,
+        d_ff=40,
+        num_layers=LAYERS,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def test_encoder_decoder() -> None:
+    """`generate()` calls the encoder on its own, once, and then the decoder with its two caches."""
+    model = prepared(t5())
+    modes = {mode: MODES[mode] for mode in ("greedy", "sampling")}
+    plain = {mode: generate(model, **options) for mode, options in modes.items()}
+    inputs = {"input_ids": PROMPT, "decoder_input_ids": PROMPT, "use_cache": False}
+    blocks = {"encoder": 1, "decoder": 2}
+    randomise_sites(ar.rewrite(model, blocks, example_inputs=inputs, backend="eager"))
+    tokens = {mode: generate(model, **options) for mode, options in modes.items()}
+    for mode, options in modes.items():
+        assert torch.equal(tokens[mode], generate(model, use_cache=False, **options))
+        assert not torch.equal(tokens[mode], plain[mode])
+    # The sites of the encoder count too, although the decoder does not hold them.
+    with torch.no_grad():
+        for name, parameter in ar.attnres_parameters(model):
+            if name.startswith("encoder"):
+                parameter.fill_(0.0)
+    assert not torch.equal(generate(model, **MODES["sampling"]), tokens["sampling"])

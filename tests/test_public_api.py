@@ -117,7 +117,7 @@ def test_the_passes_log_what_they_did() -> None:
     done = run_python(REWRITE, TORCH_LOGS="+attnres_rewrite.passes")
     for line in (
         "InlineRegions: 0 changed in",
-        "ResolveInplaceAdds: 0 changed in",
+        "ResolveInplaceOps: 0 changed in",
         "FindStreams: 1 streams with [8] branches, 0 adds rejected in",
         "GroupLayers: stream '': 4 layers in 2 blocks in",
     ):

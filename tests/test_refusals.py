@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from models import WIDTH, Block, Feed, embeddings, relative_error, site_parameters
+from models import WIDTH, Block, Feed, embeddings, llama, relative_error, site_parameters, token_ids
+from models import Encoder as TorchEncoder
 from torch import Tensor, nn
 
 import attnres_rewrite as ar
@@ -221,3 +222,24 @@ def test_layers_in_a_subclass_of_sequential() -> None:
     assert [block.layers for block in ar.explain(Model(), 3, example_inputs=embeddings()).streams] == [
         ("blocks.0", "blocks.1", "blocks.2")
     ]
+
+
+def test_a_refusal_tells_what_was_seen() -> None:
+    """Chains, and adds that are on none with reason and source line; what every layer does alike in one line."""
+    with pytest.raises(ar.UnsupportedResidualError) as raised:
+        ar.explain(TorchEncoder(3, norm_first=False), example_inputs=token_ids())
+    reason, heading, *seen = str(raised.value).splitlines()
+    assert reason.startswith("post-norm: ")
+    assert heading == "What was seen (chains, and adds that are on none):"
+    # Six norms and as many chains of one add, of which torch's own lines are not in the trace.
+    assert [line.rpartition(": ")[2] for line in seen] == ["a chain of one add"]
+    assert seen[0].startswith("     6x module 'encoder.layers.0'")
+
+
+def test_an_explanation_lists_the_adds_that_are_on_no_stream() -> None:
+    report = ar.explain(llama(3), 2)
+    (rotary,) = {reason for _, reason in report.rejected}
+    assert rotary == "within a branch of a stream"
+    text = str(report)
+    assert f"{len(report.rejected)} other adds, by source line:" in text
+    assert len([line for line in text.splitlines() if rotary in line]) < len(report.rejected)

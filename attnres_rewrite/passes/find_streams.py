@@ -29,7 +29,7 @@ from attnres_rewrite.graph import (
 from attnres_rewrite.passes.base import Pass, PostconditionError
 from attnres_rewrite.patterns import ResidualAdd, StreamBias, StreamScale, Transparent, through_transparent
 from attnres_rewrite.patterns.base import Rejection
-from attnres_rewrite.patterns.refusal import Piece, explain_refusals
+from attnres_rewrite.patterns.refusal import Piece, explain_refusals, is_mixer
 from attnres_rewrite.patterns.residual_add import is_add, is_in_place
 from attnres_rewrite.streams import Branch, Rejected, ResidualStream, Step
 
@@ -61,11 +61,13 @@ class StreamAnalysis:
         rejected: Every add that was considered and is on no stream, with the reason.
         refusals: Why the graph cannot be rewritten, with the module where: there is no stream, or not all of one
             was found.
+        lone: Adds ``x + f(x)`` of a sublayer that are on no stream: in a part of a model, a part of one.
     """
 
     streams: tuple[ResidualStream, ...]
     rejected: tuple[Rejected, ...]
     refusals: tuple[Refusal, ...] = ()
+    lone: tuple[Node, ...] = ()
 
     @property
     def refusal(self) -> AttnResError | None:
@@ -113,12 +115,13 @@ class FindStreams(Pass):
             if is_add(node):
                 search.consider(node)
         streams = search.streams()
-        on_stream = {step.node for stream in streams for branch in stream.branches for step in branch.steps}
-        rejected = tuple(Rejected(n, reason) for n, reason in search.rejected.items() if n not in on_stream)
-        refusals = search.refusals(streams)
+        pieces = search.pieces(streams)
+        rejected = search.all_rejected(streams, pieces)
+        refusals = search.refusals(streams, pieces)
         if not refusals and not streams:
             refusals = [Refusal("", _no_stream(rejected))]
-        return StreamAnalysis(tuple(streams), rejected, tuple(refusals))
+        lone = (end for piece in pieces if not piece.is_stream for end in piece.ends if search.adds_sublayer(end))
+        return StreamAnalysis(tuple(streams), rejected, tuple(refusals), tuple(lone))
 
     def ensures(self, module: GraphModule, result: StreamAnalysis) -> None:
         """No node is a step of two streams."""
@@ -139,7 +142,7 @@ class _Search:
         self.index = indices(module.graph)
         self.values: dict[Node, _Value] = {}
         self.rejected: dict[Node, str] = {}
-        self._consumed: set[_Value] = set()
+        self._inside: dict[_Value, set[_Value]] = {}
         self._shared: list[Node] = []
         self._add, self._scale, self._bias = ResidualAdd(), StreamScale(), StreamBias()
 
@@ -180,9 +183,12 @@ class _Search:
                 continue
             if not self._independent(steps, value.root):
                 continue
+            if _linear_source(branch) is base:
+                return "both operands are on the stream"
             self.values.setdefault(base, value)
-            self._mark_consumed(branch, value)
-            return _Value(node, value, (*steps, add))
+            new = _Value(node, value, (*steps, add))
+            self._inside[new] = self._inside_branch(branch, value)
+            return new
         return "the other operand does not compute from it"
 
     def _independent(self, steps: Iterable[Step], root: _Value) -> bool:
@@ -196,14 +202,12 @@ class _Search:
 
         return depends_on(node, is_value, self.index[root.node], self.index)
 
-    def _mark_consumed(self, branch: Node, value: _Value) -> None:
-        """Note the values of the tree off the path to ``value`` that its new branch computes from.
+    def _inside_branch(self, branch: Node, value: _Value) -> set[_Value]:
+        """The values of the tree off the path to ``value`` that its new branch computes from.
 
-        They belong to the inside of the branch, however long a chain they make. Only a skip from the very
-        root, around the whole stream, takes nothing away from it.
+        They belong to the inside of the branch, however long a chain they make.
         """
-        if value.previous is None:
-            return
+        inside = set()
 
         def is_on_path(candidate: Node) -> bool:
             known = self.values.get(candidate)
@@ -213,10 +217,11 @@ class _Search:
             while ancestor.previous is not None and ancestor.depth > known.depth:
                 ancestor = ancestor.previous
             if ancestor is not known:
-                self._consumed.add(known)
+                inside.add(known)
             return ancestor is known
 
         depends_on(branch, is_on_path, self.index[value.root.node], self.index)
+        return inside
 
     def _origins(self, node: Node) -> list[tuple[Node, tuple[Step, ...]]]:
         """Candidates for the stream value behind ``node``, with the steps in between; nearest first."""
@@ -256,15 +261,31 @@ class _Search:
         return sorted(streams, key=lambda s: self.index[s.root])
 
     def _ends(self) -> list[_Value]:
-        """The last value of the longest path of every tree."""
+        """The last value of the longest path of every tree, without the values that are inside a branch."""
+        extended = {value.previous for value in self.values.values()}
+        consumed: set[_Value] = set()
+        for value, inside in self._inside.items():
+            # A skip from the root around the whole stream, with which it ends, takes nothing away from it.
+            if value.previous is not value.root or value in extended:
+                consumed |= inside
         ends: dict[_Value, _Value] = {}
         for value in self.values.values():
             # Of two paths of one length the later one wins: it may compute from the other.
-            if value not in self._consumed and value.depth >= ends.get(value.root, value.root).depth:
+            if value not in consumed and value.depth >= ends.get(value.root, value.root).depth:
                 ends[value.root] = value
         return [end for end in ends.values() if end.previous is not None]
 
-    def refusals(self, streams: list[ResidualStream]) -> list[Refusal]:
+    def all_rejected(self, streams: list[ResidualStream], pieces: list[Piece]) -> tuple[Rejected, ...]:
+        """Every add that is on no stream, with the reason, in graph order."""
+        reasons = dict(self.rejected)
+        alone = set().union(*(piece.values for piece in pieces if not piece.is_stream))
+        for value in self.values.values():
+            if value.previous is not None:
+                reasons[value.node] = "a chain of one add" if value.node in alone else "within a branch of a stream"
+        on_stream = {step.node for stream in streams for branch in stream.branches for step in branch.steps}
+        return tuple(Rejected(n, reasons[n]) for n in sorted(reasons, key=self.index.__getitem__) if n not in on_stream)
+
+    def refusals(self, streams: list[ResidualStream], pieces: list[Piece]) -> list[Refusal]:
         """Why streams, or parts of some, are missing from ``streams``."""
         shared = [
             Rejection(
@@ -273,7 +294,7 @@ class _Search:
             for add in self._shared
         ]
         shared += [Rejection(OVERWRITTEN, node) for stream in streams for node in self._overwriting(stream)]
-        found = explain_refusals(self._pieces(streams), list(self.rejected), self.index)
+        found = explain_refusals(pieces, list(self.rejected), self.index)
         return [
             Refusal(module_path(r.node), UnsupportedResidualError(f"{r.reason} (at {source_line(r.node)})"))
             for r in (*shared, *found)
@@ -297,7 +318,17 @@ class _Search:
             users = (user for alias in aliases for user in alias.users if user not in own)
             yield from (user for user in users if overwritten_by(user) in aliases and start < index[user] < stop)
 
-    def _pieces(self, streams: list[ResidualStream]) -> list[Piece]:
+    def adds_sublayer(self, add: Node) -> bool:
+        """Whether the branch that ``add`` adds is more than arithmetic, as in a rotary embedding."""
+        value = self.values[add]
+        start = self.index[value.root.node]
+        return any(
+            depends_on(step.operand, is_mixer, start, self.index)
+            for step in value.steps
+            if step.kind == "add" and isinstance(step.operand, Node)
+        )
+
+    def pieces(self, streams: list[ResidualStream]) -> list[Piece]:
         """The streams, and the chains that are neither a part of one nor nested in a branch of one."""
         pieces = []
         for stream in streams:
@@ -368,6 +399,19 @@ class _Search:
         return self.values[stream.branches[0].adds[0].node].root
 
 
+def _linear_source(node: Node) -> Node:
+    """What ``node`` is by nothing but scales, copies and a stop of gradients."""
+    while True:
+        node = through_transparent(node)
+        scale = StreamScale().match(node)
+        if not isinstance(scale, Rejection):
+            node = scale.source
+        elif op_name(node) == "detach" and isinstance(node.args[0], Node):
+            node = node.args[0]
+        else:
+            return node
+
+
 def _piece(adds: list[Node], root: Node, values: list[Node], ends: set[Node], *, is_stream: bool) -> Piece:
     first, last = module_path(adds[0]), module_path(adds[-1])
     return Piece(first, last, root, frozenset(values), frozenset(ends), is_stream)
@@ -401,8 +445,7 @@ def _owner_and_scope(adds: list[Node]) -> tuple[str, str]:
 
 
 def _no_stream(rejected: tuple[Rejected, ...]) -> NoResidualStreamError:
-    seen = "".join(f"\n  - {source_line(r.node)}: {r.reason}" for r in rejected[:8])
     return NoResidualStreamError(
-        "no residual stream was found: no chain of adds x = x + f(x) runs over at least two sublayers. "
-        + (f"Adds that were considered:{seen}" if seen else "The traced graph adds no two tensors.")
+        "no residual stream was found: no chain of adds x = x + f(x) runs over at least two sublayers."
+        + ("" if rejected else " The traced graph adds no two tensors.")
     )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import GraphModule, Node
 
+from attnres_rewrite import _compat
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.graph import GraphBuilder, op_name, require_tensor, same_shape, tensor_of
 from attnres_rewrite.passes.base import Pass
@@ -124,7 +125,7 @@ class _Writer:
         if require_tensor(bias).dim() > 1:
             # A vector fits any shape of the stream; anything else has the shape that it has here.
             if not same_shape(require_tensor(bias), require_tensor(step.node)):
-                bias = self.build.call(aten.expand_as.default, bias, step.node, like=step.node)
+                bias = self.build.call(aten.expand_as.default, bias, _stream_operand(step), like=step.node)
             bias = self._like(bias, step.node, self.plan.stream.root)
         self.partial = (
             bias if self.partial is None else self.build.call(aten.add.Tensor, self.partial, bias, like=step.node)
@@ -134,7 +135,7 @@ class _Writer:
         op = aten.div.Tensor if "div" in op_name(step.node) else aten.mul.Tensor
         # A factor that is neither a number nor a vector fits the shape that the stream has here.
         fits_any = not isinstance(step.operand, Node) or require_tensor(step.operand).dim() <= 1
-        at_hand = source if fits_any else self._viewed(source, step.node, like=step.node)
+        at_hand = source if fits_any else self._viewed(source, _stream_operand(step), like=step.node)
         return self._viewed(self.build.call(op, at_hand, step.operand, like=step.node), source, like=step.node)
 
     def _site(self, branch: Branch, parameters: SiteParameters) -> Site:
@@ -152,11 +153,14 @@ class _Writer:
             self.config.aggregation == "sum",
             like=branch.value,
         )
+        region = _compat.reading_region(branch.value)
         branch.value.replace_all_uses_with(node)
         # Asked for its shape alone, the old value goes when the old steps do.
         shaped = self._like(node, branch.value, branch.value)
         if shaped is not node:
             node.replace_all_uses_with(shaped, delete_user_cb=lambda user: user not in _chain(shaped, node))
+        for new in {node, shaped}:
+            _compat.move_to_region(new, region)
         return Site(node, tuple(sources), tuple(parts), self.partial is not None)
 
     def _like(self, node: Node, dtype_of: Node, shape_of: Node) -> Node:
@@ -177,7 +181,7 @@ class _Writer:
         for step in reversed([step for branch in self.plan.stream.branches for step in branch.steps]):
             inputs = step.node.all_input_nodes
             if step.node.users:
-                step.node.replace_all_uses_with(next(node for node in inputs if _as_large(node, step.node)))
+                step.node.replace_all_uses_with(_stream_operand(step))
             self.graph.erase_node(step.node)
             for node in inputs:
                 self._erase_unused(node)
@@ -198,6 +202,9 @@ def _chain(last: Node, first: Node) -> list[Node]:
     return nodes
 
 
-def _as_large(node: Node, other: Node) -> bool:
-    value = tensor_of(node)
-    return value is not None and same_shape(value, require_tensor(other))
+def _stream_operand(step: Step) -> Node:
+    """An operand of the shape of the new stream value: what the step adds to or scales, or as large."""
+    shape = require_tensor(step.node)
+    return next(
+        n for n in step.node.all_input_nodes if (value := tensor_of(n)) is not None and same_shape(value, shape)
+    )

@@ -115,7 +115,7 @@ class PostNorm:
             if node in ends:
                 found.append(Continuation(node, norm))
                 continue
-            if op_name(node) in _MIXERS or node in stops or isinstance(submodule_of(node), _MIXING_MODULES):
+            if node in stops or is_mixer(node):
                 continue
             if op_name(node) in _NORMS or "norm" in f"{type(submodule_of(node)).__name__}{node.target}".lower():
                 norm = norm or node
@@ -193,6 +193,11 @@ class HyperConnections:
             if any(_computes_from(branch, stream, index) for stream in streams):
                 return mixed
         return Rejection("no operand is a mixture of streams", add)
+
+
+def is_mixer(node: Node) -> bool:
+    """Whether ``node`` is the kind of operator that makes a sublayer: it multiplies by weights, or mixes tokens."""
+    return op_name(node) in _MIXERS or isinstance(submodule_of(node), _MIXING_MODULES)
 
 
 def _both_ways(add: Node) -> tuple[tuple[Node, Node], ...]:

@@ -1,0 +1,128 @@
+"""LoRA adapters (peft) on a rewritten model, and a rewrite of a model that has adapters."""
+
+import copy
+
+import pytest
+import torch
+from models import VOCAB, llama, names_of, prepared, randomise_sites, relative_error, site_parameters, token_ids
+from reference_models import reference_llama
+from torch import Tensor, nn
+
+import attnres_rewrite as ar
+
+peft = pytest.importorskip("peft")
+
+LAYERS, BLOCKS, RANK, ALPHA = 2, 2, 3, 6
+TARGETS = ("q_proj", "v_proj", "down_proj")
+TOLERANCE = 1e-5  # float32
+IDS = token_ids()
+
+
+def rewritten(model: nn.Module) -> nn.Module:
+    return randomise_sites(ar.rewrite(model, BLOCKS, example_inputs={"input_ids": IDS}, backend="eager"))
+
+
+def with_adapters(model: nn.Module, **options: object) -> nn.Module:
+    """Adapters with random numbers on both sides: those of a new one cancel."""
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(TARGETS), **options)
+    model = peft.get_peft_model(model, config).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def merged_by_hand(plain: nn.Module, adapted: nn.Module) -> nn.Module:
+    """`plain` with W + (alpha / r) B A in the place of every adapted W."""
+    merged = copy.deepcopy(plain)
+    found = {name.split("base_model.model.", 1)[1]: p.detach() for name, p in adapted.named_parameters()}
+    adapted_modules = [name for name, _ in merged.named_modules() if name.endswith(TARGETS)]
+    assert len(adapted_modules) == len(TARGETS) * LAYERS
+    with torch.no_grad():
+        for name in adapted_modules:
+            a, b = found[f"{name}.lora_A.default.weight"], found[f"{name}.lora_B.default.weight"]
+            assert (a.shape[0], b.shape[1]) == (RANK, RANK)
+            merged.get_submodule(name).weight.add_(ALPHA / RANK * b @ a)
+    return merged
+
+
+def reference(plain: nn.Module, adapted: nn.Module) -> Tensor:
+    return reference_llama(merged_by_hand(plain, adapted), IDS, *site_parameters(adapted), blocks=BLOCKS)
+
+
+ORDERS = {
+    "before the rewrite": lambda model: rewritten(with_adapters(model)),
+    "after the rewrite": lambda model: with_adapters(rewritten(model)),
+}
+
+
+@pytest.mark.parametrize("order", ["before the rewrite", "after the rewrite"])
+def test_numbers_names_and_gradients(order) -> None:
+    plain = prepared(llama(LAYERS))
+    model = ORDERS[order](copy.deepcopy(plain))
+    sites = [name for name, _ in ar.attnres_parameters(model)]
+    assert sites == names_of("base_model.model.model.attn_res", 2 * LAYERS)
+    # peft freezes what it finds: sites that were there before it have to be asked for once more.
+    frozen = [name for name, p in ar.attnres_parameters(model) if not p.requires_grad]
+    assert frozen == (sites if order == "after the rewrite" else [])
+    for _, parameter in ar.attnres_parameters(model):
+        parameter.requires_grad_()
+
+    output = model(IDS).logits
+    assert relative_error(output, reference(plain, model)) < TOLERANCE
+    queries, gains = site_parameters(model)
+    assert relative_error(output, reference_llama(plain, IDS, queries, gains, blocks=BLOCKS)) > 1e-2
+    assert relative_error(output, reference_llama(merged_by_hand(plain, model), IDS)) > 1e-2
+
+    (output * torch.randn(2, 9, VOCAB)).sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    adapters = {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert len(adapters) == 2 * len(TARGETS) * LAYERS
+    assert trained == adapters | set(sites)
+
+
+@pytest.mark.parametrize("order", ["before the rewrite", "after the rewrite"])
+@torch.no_grad()
+def test_adapters_merge_and_switch_off(order) -> None:
+    plain = prepared(llama(LAYERS))
+    model = ORDERS[order](copy.deepcopy(plain))
+    expected = reference(plain, model)
+    queries, gains = site_parameters(model)
+    without = reference_llama(plain, IDS, queries, gains, blocks=BLOCKS)
+    with model.disable_adapter():
+        assert relative_error(model(IDS).logits, without) < TOLERANCE
+    assert relative_error(model(IDS).logits, expected) < TOLERANCE
+    merged = model.merge_and_unload()
+    assert list(merged.state_dict()) == [*merged_names(plain)]
+    assert relative_error(merged(IDS).logits, expected) < TOLERANCE
+
+
+def merged_names(plain: nn.Module) -> list[str]:
+    """The keys of the model with its sites, which come after its owner's own."""
+    names = list(plain.state_dict())
+    last = max(i for i, name in enumerate(names) if name.startswith("model."))
+    return [*names[: last + 1], *names_of("model.attn_res", 2 * LAYERS), *names[last + 1 :]]
+
+
+@torch.no_grad()
+def test_saved_adapters_load_into_a_rewritten_model(tmp_path) -> None:
+    """The adapter's checkpoint holds the adapter alone; the sites are saved with the model."""
+    plain = prepared(llama(LAYERS))
+    model = ORDERS["after the rewrite"](copy.deepcopy(plain))
+    keys = peft.get_peft_model_state_dict(model)
+    assert len(keys) == 2 * len(TARGETS) * LAYERS
+    assert not any("attn_res" in key for key in keys)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(rewritten(copy.deepcopy(plain)), tmp_path).eval()
+    assert relative_error(again(IDS).logits, reference(plain, model)) < TOLERANCE
+
+
+@torch.no_grad()
+def test_undo_keeps_the_adapters() -> None:
+    plain = prepared(llama(LAYERS))
+    model = ORDERS["before the rewrite"](copy.deepcopy(plain))
+    expected = reference_llama(merged_by_hand(plain, model), IDS)
+    ar.undo(model)
+    assert relative_error(model(IDS).logits, expected) < TOLERANCE

@@ -1,0 +1,174 @@
+"""What every member of the zoo must show."""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from models import prepared, randomise_sites, relative_error
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import attnres_rewrite as ar
+from attnres_rewrite import _compat, api
+from attnres_rewrite.api import analyse_module
+from attnres_rewrite.capture import example_call
+from attnres_rewrite.pipeline import Analysis
+from zoo.member import Accepted, Inputs, Member, Refused, Unbuildable
+
+CONFIG = ar.AttnResConfig(blocks=2, aggregation="sum")
+# Rounding, and nothing else, may differ: of the dtype that the checks run in.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+def check(member: Member) -> None:
+    """Make the member and hold it to its expected outcome."""
+    torch.manual_seed(0)
+    match member.outcome:
+        case Accepted():
+            check_accepted(member, member.outcome)
+        case Refused():
+            check_refused(member, member.outcome)
+        case Unbuildable():
+            check_unbuildable(member, member.outcome)
+
+
+def check_unbuildable(member: Member, expected: Unbuildable) -> None:
+    with pytest.raises(Exception) as raised, torch.no_grad():  # noqa: PT011
+        call(member.make(), member.inputs(2, 9))
+    assert not isinstance(raised.value, ar.AttnResError)
+    assert expected.says in f"{type(raised.value).__name__}: {raised.value}"
+
+
+def check_refused(member: Member, expected: Refused) -> None:
+    """The typed error with its reason and source line, and the model as it was."""
+    model = prepared(member.make())
+    keys, inputs = list(model.state_dict()), member.inputs(2, 9)
+    with torch.no_grad():
+        before = outputs(call(model, inputs))
+    with pytest.raises(ar.AttnResError) as raised:
+        ar.rewrite(model, config=CONFIG, example_inputs=inputs, backend="eager")
+    message = str(raised.value)
+    assert type(raised.value) is expected.error, message
+    assert expected.says in message, message
+    assert expected.line in message, message
+    assert list(model.state_dict()) == keys
+    with torch.no_grad():
+        assert_equal(outputs(call(model, inputs)), before, 0)
+
+
+class Recorder:
+    """A backend that runs graphs as they are and keeps the number of sources of every site in each that has some."""
+
+    def __init__(self) -> None:
+        self.graphs: set[tuple[int, ...]] = set()
+
+    def __call__(self, module: GraphModule, _: list[Any]) -> Any:
+        sites = [node for node in module.graph.nodes if node.target is torch.ops.attnres.block_attn_res.default]
+        self.graphs |= {tuple(len(node.args[0]) for node in sites)} if sites else set()
+        return module.forward
+
+
+def check_accepted(member: Member, expected: Accepted) -> None:
+    original = prepared(member.make(), expected.dtype)
+    rewritten, recorder = copy.deepcopy(original), Recorder()
+    (first, second), tolerance = expected.sizes, expected.tolerance or TOLERANCE[expected.dtype]
+    inputs, resized = (in_dtype(member.inputs(*size), expected.dtype) for size in (first, second))
+    analyses: list[Analysis] = []
+
+    def analyse(*arguments: Any) -> Analysis:
+        analyses.append(analyse_module(*arguments))
+        return analyses[-1]
+
+    # What rewrite() found, without the time that explain() would take to find it again; and without its rehearsal of
+    # the first call, which is made below in any case.
+    with mock.patch.object(api, "analyse_module", analyse), mock.patch.object(api, "_rehearse"):
+        assert ar.rewrite(rewritten, config=CONFIG, example_inputs=inputs, backend=recorder) is rewritten
+    check_structure(analyses[0], expected)
+
+    with torch.no_grad():
+        before = outputs(call(original, inputs))
+        assert_equal(outputs(call(rewritten, inputs)), before, tolerance)
+        graphs = set(recorder.graphs)
+        with random_queries(rewritten):
+            changed = [relative_error(a, b) for a, b in zip(outputs(call(rewritten, inputs)), before, strict=True)]
+        assert max(changed) > 1e-3, changed
+    check_training(original, rewritten, inputs, expected)
+    original.eval(), rewritten.eval()
+    with torch.no_grad():
+        # Sizes change between calls: the same sites in every graph, and the numbers of the original.
+        for given in (resized, inputs):
+            assert_equal(outputs(call(rewritten, given)), outputs(call(original, given)), tolerance)
+    assert recorder.graphs == graphs
+
+
+@contextlib.contextmanager
+def random_queries(model: nn.Module) -> Iterator[None]:
+    """Within the context the sites have random queries and gains; then they are zero and one again."""
+    randomise_sites(model)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in ar.attnres_parameters(model):
+                parameter.fill_(1.0 if name.endswith("gain") else 0.0)
+
+
+def check_structure(analysis: Analysis, expected: Accepted) -> None:
+    """Owners, streams, branch outputs and layers, exactly."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for plan in analysis.plans:
+        found.setdefault(plan.stream.owner, []).append((len(plan.stream.branches), len(plan.layers)))
+    wanted = {}
+    for owner, branches in expected.streams.items():
+        counts = branches if isinstance(branches, tuple) else (branches,)
+        layers = expected.layers if isinstance(expected.layers, int) else expected.layers[owner]
+        wanted[owner] = list(zip(counts, layers if isinstance(layers, tuple) else (layers,) * len(counts), strict=True))
+    assert found == wanted
+
+
+def check_training(original: nn.Module, rewritten: nn.Module, inputs: Inputs, expected: Accepted) -> None:
+    """In training mode: the same numbers from zero queries, and gradients of every site from random ones."""
+    original.train(), rewritten.train()
+    if expected.untrainable:
+        with pytest.raises(ar.GraphBreakError) as raised:
+            call(rewritten, inputs)
+        assert expected.untrainable in str(raised.value)
+        return
+    torch.manual_seed(1)
+    before = outputs(call(original, inputs))
+    torch.manual_seed(1)
+    after = outputs(call(rewritten, inputs))
+    tolerance = expected.tolerance or TOLERANCE[expected.dtype]
+    assert_equal([t.detach() for t in after], [t.detach() for t in before], tolerance)
+    with random_queries(rewritten):
+        loss = sum((tensor * tensor.detach().cos()).sum() for tensor in outputs(call(rewritten, inputs)))
+        loss.backward()
+    sites = ar.attnres_parameters(rewritten)
+    without = [name for name, p in sites if p.grad is None or not p.grad.abs().max() > 0]
+    assert not without, f"no gradient reaches {without}"
+
+
+def in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """Inputs whose float tensors have the dtype of the model."""
+    cast: Inputs = _compat.map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
+    return cast
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    return example_call(model, inputs).run(model)
+
+
+def outputs(output: object) -> list[Tensor]:
+    """Every float tensor in an output; a key-value cache is none."""
+    found = [tensor for tensor in _compat.tensors_in(output) if tensor.is_floating_point()]
+    assert found, type(output)
+    return found
+
+
+def assert_equal(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    errors = [relative_error(a, b) for a, b in zip(actual, expected, strict=True)]
+    assert max(errors) <= tolerance, errors

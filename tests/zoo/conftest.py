@@ -1,0 +1,34 @@
+"""Prints the table of the zoo after its tests."""
+
+import collections
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _one_collection() -> Iterator[None]:
+    """Garbage is collected between tests only: Dynamo's tracing, which is most of the time, makes a lot of it."""
+    gc.freeze()
+    gc.disable()
+    yield
+    gc.enable()
+    gc.collect()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    from zoo.members import table
+
+    found, failed = {}, []
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, value in getattr(report, "user_properties", ()):
+                if name == "zoo" and report.when == "call":
+                    family, kind = value
+                    found.setdefault(family, collections.Counter())[kind] += 1
+                    failed += [report.nodeid] if outcome == "failed" else []
+    if found:
+        terminalreporter.section("the zoo")
+        terminalreporter.write_line("\n".join(table(found)))
+        terminalreporter.write_line(f"{len(failed)} of these do not keep to it" if failed else "all keep to it")

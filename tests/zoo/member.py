@@ -1,0 +1,92 @@
+"""What the zoo knows of one architecture."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import attnres_rewrite as ar
+
+Inputs = Mapping[str, Any] | tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Accepted:
+    """The model is rewritten.
+
+    Attributes:
+        streams: For every owner module, the number of branch outputs of each of its streams.
+        layers: Layers of each stream, where that is not 4.
+        dtype: What the checks run in; float32 where the model does not run in float64.
+        tolerance: Allowed relative error, where the model itself computes in a lower precision than ``dtype``.
+        untrainable: What is said when the model is trained, where its own code cannot be captured then.
+        sizes: Two (batch, length) pairs that it is run on.
+    """
+
+    streams: Mapping[str, int | tuple[int, ...]]
+    layers: int | Mapping[str, int | tuple[int, ...]] = 4
+    dtype: torch.dtype = torch.float64
+    tolerance: float | None = None
+    untrainable: str = ""
+    sizes: tuple[tuple[int, int], tuple[int, int]] = ((2, 6), (3, 5))
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """The model is left as it is, with an error.
+
+    Attributes:
+        reason: A short name of why, for the table.
+        says: What the message must contain of the reason.
+        line: The line of the model's source that the message must quote.
+        error: The type of the error.
+    """
+
+    reason: str
+    says: str
+    line: str
+    error: type[ar.AttnResError] = ar.UnsupportedResidualError
+
+
+@dataclasses.dataclass(frozen=True)
+class Unbuildable:
+    """No tiny model of this kind can be made, or none that runs.
+
+    Attributes:
+        reason: Why, in a few words, for the table.
+        says: What is raised when it is tried contains this.
+    """
+
+    reason: str
+    says: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One architecture.
+
+    Attributes:
+        name: Unique in the zoo.
+        family: The heading that it is counted under.
+        make: Makes a tiny one with random weights.
+        inputs: What it is called with, for a batch and a length.
+        outcome: What must come of rewriting it.
+    """
+
+    name: str
+    family: str
+    make: Callable[[], nn.Module]
+    inputs: Callable[[int, int], Inputs]
+    outcome: Accepted | Refused | Unbuildable
+
+
+def token_ids(batch: int, length: int, low: int = 3, high: int = 96) -> Tensor:
+    """Token ids that are no special tokens; the same ones for the same sizes."""
+    return torch.randint(low, high, (batch, length), generator=torch.Generator().manual_seed(batch * 100 + length))
+
+
+def noise(*shape: int) -> Tensor:
+    """Standard normal numbers; the same ones for the same shape."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))

@@ -1,0 +1,182 @@
+"""Models of Hugging Face with more than one kind of input: one stream per tower."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForImageTextToText
+
+import attnres_rewrite as ar
+from zoo.member import Accepted, Inputs, Member, Refused, Unbuildable, noise, token_ids
+from zoo.tiny import tiny_config
+
+Outcome = Accepted | Refused | Unbuildable
+IMAGE = 100
+PATCHES = {"image_size": 16, "patch_size": 8}
+
+
+def two_towers(name: str, kind: str, outcome: Outcome, size: int = 16, **overrides: Any) -> Member:
+    """Token ids and an image, each for a tower of its own."""
+
+    def inputs(batch: int, length: int) -> Inputs:
+        return {"input_ids": token_ids(batch, length), "pixel_values": noise(batch, 3, size, size)}
+
+    return Member(name, "multimodal", lambda: AutoModel.from_config(tiny_config(kind, **overrides)), inputs, outcome)
+
+
+def tower(kind: str, **overrides: Any) -> dict[str, Any]:
+    """The configuration of one tower."""
+    fields: dict[str, Any] = tiny_config(kind, **overrides).to_dict()
+    return fields
+
+
+def image_in_text(
+    name: str,
+    kind: str,
+    outcome: Outcome,
+    pixels: tuple[int, ...] = (3, 16, 16),
+    extra: Callable[[int, torch.Tensor], Inputs] = lambda batch, ids: {},
+    **overrides: Any,
+) -> Member:
+    """Token ids of which four stand for an image, whose ``pixels`` they are replaced by."""
+
+    def make() -> nn.Module:
+        return AutoModelForImageTextToText.from_config(tiny_config(kind, **overrides))
+
+    def inputs(batch: int, length: int) -> Inputs:
+        ids = token_ids(batch, length)
+        ids[:, 1:5] = IMAGE
+        return {"input_ids": ids, "pixel_values": noise(batch, *pixels), "use_cache": False, **extra(batch, ids)}
+
+    return Member(name, "multimodal", make, inputs, outcome)
+
+
+def qwen(name: str, kind: str, outcome: Outcome, **vision: Any) -> Member:
+    """Images as a list of patches, which a grid puts in place."""
+    sizes = {"patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2, "depth": 4, "num_heads": 4, **vision}
+
+    def make() -> nn.Module:
+        rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+        text = {"rope_parameters": rope, "num_key_value_heads": 2}
+        return AutoModelForImageTextToText.from_config(
+            tiny_config(kind, text_config=text, vision_config=sizes, image_token_id=IMAGE, **TOKENS)
+        )
+
+    def inputs(batch: int, length: int) -> Inputs:
+        ids = token_ids(batch, length)
+        ids[:, 1:5] = IMAGE
+        grid = torch.tensor([[1, 4, 4]] * batch)
+        return {
+            "input_ids": ids,
+            "mm_token_type_ids": (ids == IMAGE).int(),
+            "pixel_values": noise(16 * batch, 96),
+            "image_grid_thw": grid,
+            "use_cache": False,
+        }
+
+    return Member(name, "multimodal", make, inputs, outcome)
+
+
+def post_norm(line: str) -> Refused:
+    return Refused("post-norm", "post-norm: a norm sits on the residual stream itself", line)
+
+
+def breaks(says: str, line: str) -> Refused:
+    return Refused("graph break", says, line, ar.GraphBreakError)
+
+
+TOWERS = Accepted({"vision_model.encoder": 8, "text_model.encoder": 8})
+VISION_LANGUAGE = Accepted({"model.vision_tower.encoder": 8, "model.language_model": 8})
+TOKENS = {"video_token_id": 101, "vision_start_token_id": 102, "vision_end_token_id": 103}
+
+# fmt: off
+MEMBERS = [
+    two_towers("CLIP", "clip", TOWERS, vision_config=PATCHES),
+    two_towers("SigLIP", "siglip", TOWERS, vision_config=PATCHES),
+    two_towers("CLIPSeg", "clipseg", TOWERS, vision_config=PATCHES),
+    two_towers("MetaCLIP 2", "metaclip_2", TOWERS, vision_config=PATCHES),
+    two_towers(
+        "AIMv2", "aimv2", Accepted({"vision_model.encoder": 8, "text_model.encoder": 8}, tolerance=1e-5),
+        vision_config=PATCHES
+    ),
+    two_towers("OWL-ViT", "owlvit", TOWERS, vision_config=PATCHES),
+    two_towers("OWLv2", "owlv2", TOWERS, vision_config=PATCHES),
+    two_towers(
+        "AltCLIP", "altclip", post_norm("self.LayerNorm(hidden_states + input_tensor)"), vision_config=PATCHES
+    ),
+    two_towers(
+        "Chinese-CLIP", "chinese_clip", post_norm("self.LayerNorm(hidden_states + input_tensor)"),
+        vision_config=PATCHES
+    ),
+    two_towers("BLIP", "blip", post_norm("self.LayerNorm(hidden_states + input_tensor)"), vision_config=PATCHES),
+    two_towers(
+        "BridgeTower", "bridgetower", post_norm("self.LayerNorm(hidden_states + input_tensor)"),
+        vision_config=PATCHES
+    ),
+    two_towers(
+        "GroupViT", "groupvit",
+        Refused("rearranged stream", "changed between its adds by something that is no scale", "torch.cat([x"),
+        vision_config=PATCHES
+    ),
+    two_towers(
+        "FLAVA", "flava",
+        Accepted({"image_model.encoder": 8, "text_model.encoder": 8, "multimodal_model.encoder": 8}),
+        image_config=PATCHES
+    ),
+    two_towers("ViLT", "vilt", Accepted({"encoder": 8}), **PATCHES),
+    image_in_text(
+        "LLaVA", "llava", VISION_LANGUAGE, vision_feature_layer=-1, image_token_index=IMAGE,
+        text_config=tower("llama"), vision_config=tower("clip_vision_model", **PATCHES)
+    ),
+    image_in_text(
+        "PaliGemma", "paligemma", VISION_LANGUAGE, image_token_index=IMAGE, projection_dim=64,
+        text_config=tower("gemma"), vision_config=tower("siglip_vision_model", **PATCHES)
+    ),
+    image_in_text(
+        "InternVL", "internvl", VISION_LANGUAGE, image_token_id=IMAGE, text_config=tower("qwen2"),
+        vision_config=tower("internvl_vision", image_size=(16, 16), patch_size=(4, 4))
+    ),
+    image_in_text(
+        "Gemma 3", "gemma3", VISION_LANGUAGE, image_token_id=IMAGE, mm_tokens_per_image=4,
+        extra=lambda b, ids: {"token_type_ids": (ids == IMAGE).long()}, text_config=tower("gemma3_text"),
+        vision_config=tower("siglip_vision_model", **PATCHES)
+    ),
+    image_in_text(
+        "Idefics3", "idefics3", Accepted({"model.vision_model.encoder": 8, "model.text_model": 8}), (1, 3, 16, 16),
+        image_token_id=IMAGE, scale_factor=2, text_config=tower("llama"),
+        vision_config=tower("idefics3_vision", image_size=16, patch_size=4)
+    ),
+    image_in_text(
+        "SmolVLM", "smolvlm", Accepted({"model.vision_model.encoder": 8, "model.text_model": 8}), (1, 3, 16, 16),
+        image_token_id=IMAGE, scale_factor=2, text_config=tower("llama"),
+        vision_config=tower("smolvlm_vision", image_size=16, patch_size=4)
+    ),
+    image_in_text(
+        "Aya Vision", "aya_vision", Accepted({"model.vision_tower.encoder": 8, "model.language_model": 4}),
+        image_token_id=IMAGE, downsample_factor=2, text_config=tower("cohere2"),
+        vision_config=tower("siglip_vision_model", image_size=16, patch_size=4)
+    ),
+    image_in_text(
+        "Mistral 3", "mistral3", breaks("", "modeling_"),
+        extra=lambda b, ids: {"image_sizes": torch.tensor([[16, 16]] * b)}, image_token_index=IMAGE,
+        spatial_merge_size=2, vision_feature_layer=-1, text_config=tower("mistral"),
+        vision_config=tower("pixtral", image_size=16, patch_size=4)
+    ),
+    image_in_text("GIT", "git", post_norm("self.LayerNorm(hidden_states + input_tensor)"), vision_config=PATCHES),
+    image_in_text(
+        "BLIP-2", "blip-2", post_norm("self.LayerNorm(hidden_states + input_tensor)"), image_token_id=IMAGE,
+        num_query_tokens=4, text_config=tower("opt"), vision_config={**PATCHES},
+        qformer_config={"encoder_hidden_size": 64}
+    ),
+    qwen("Qwen2-VL", "qwen2_vl", breaks("", "modeling_qwen2_vl.py"), embed_dim=64, hidden_size=64),
+    qwen(
+        "Qwen2.5-VL", "qwen2_5_vl", breaks("", "modeling_qwen2_5_vl.py"), hidden_size=64, out_hidden_size=64,
+        fullatt_block_indexes=[1, 3], window_size=16
+    ),
+    qwen(
+        "Qwen3-VL", "qwen3_vl", breaks("", "modeling_qwen3_vl.py"), hidden_size=64, out_hidden_size=64,
+        deepstack_visual_indexes=[1, 2], num_position_embeddings=16
+    ),
+]
+# fmt: on

@@ -1,0 +1,42 @@
+"""Every member of the zoo keeps to its expected outcome; ``make zoo`` runs all, ``make test`` a few of each kind."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from zoo.causal_lm import MISSING
+from zoo.checks import check
+from zoo.member import Member
+from zoo.members import MEMBERS, kind_of, table, totals
+
+# Of every family one or two; the rest is marked, and left to `make zoo`.
+REPRESENTATIVE = ()
+
+
+def cases() -> Iterator[object]:
+    for member in MEMBERS:
+        name = f"{member.family}-{member.name}"
+        yield pytest.param(member, id=name, marks=() if name in REPRESENTATIVE else pytest.mark.zoo)
+
+
+@pytest.mark.parametrize("member", cases())
+def test_member(member: Member, record_property) -> None:
+    record_property("zoo", (member.family, kind_of(member)))
+    torch._dynamo.reset()
+    check(member)
+
+
+def test_every_causal_language_model_of_transformers_is_listed() -> None:
+    assert not MISSING
+
+
+def test_names_are_unique() -> None:
+    names = [(member.family, member.name) for member in MEMBERS]
+    assert len(names) == len(set(names))
+
+
+def test_the_readme_quotes_the_totals() -> None:
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text()
+    assert "\n".join(table(totals(MEMBERS))) in readme
