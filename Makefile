@@ -17,11 +17,12 @@ BOOTSTRAP ?= $(shell for python in python3 python3.13 python3.12 python3.11 pyth
 	"$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { echo "$$python"; break; }; done)
 
-.PHONY: help install demo test zoo test-gpu check format bench clean
+.PHONY: help install demo test test-slow zoo test-gpu check format bench clean
 
 help:
 	@echo 'make demo      train a small Llama plain and rewritten, export it; options in ARGS="--steps 50"'
 	@echo 'make test      run the tests; options for pytest in ARGS="-k op"'
+	@echo 'make test-slow run the tests that take more than a few seconds each'
 	@echo 'make zoo       rewrite every architecture in tests/zoo and print what was accepted and refused'
 	@echo 'make test-gpu  run the tests that need CUDA, with PYTHON=... (now: $(PYTHON))'
 	@echo 'make check     ruff, ruff format and mypy --strict'
@@ -47,10 +48,13 @@ demo: $(STAMP)
 	$(BIN)/attnres demo $(ARGS)
 
 # One thread a worker, and no pool of compile workers beside pytest's own: the cores are taken already.
-test zoo: export OMP_NUM_THREADS ?= 1
-test zoo: export TORCHINDUCTOR_COMPILE_THREADS ?= 1
+test test-slow zoo: export OMP_NUM_THREADS ?= 1
+test test-slow zoo: export TORCHINDUCTOR_COMPILE_THREADS ?= 1
 test: $(STAMP)
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m 'not gpu and not zoo' $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m 'not gpu and not zoo and not slow' $(ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m 'slow and not gpu' $(ARGS)
 
 zoo: $(STAMP)
 	$(BIN)/python -m pytest tests/zoo -n logical --maxprocesses 8 --dist worksteal -m 'not gpu' $(ARGS)

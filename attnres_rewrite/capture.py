@@ -116,14 +116,15 @@ def capture(model: nn.Module, call: Call) -> GraphModule:
         return capture_whole(model, call)
     except ExampleInputsError:
         raise
-    except Exception as error:
+    except Exception:
         _run_plainly(model, call)
-        with contextlib.suppress(*_compat.graph_break_types()):
-            # Some models set themselves up in their first call, in ways that Dynamo cannot trace.
-            return capture_whole(model, call)
-        if not isinstance(error, _compat.graph_break_types()):
-            raise GraphBreakError(f"Dynamo cannot trace {type(model).__name__}: {error}") from error
+    try:
+        # Once more: some models set themselves up in their first call, in ways that Dynamo cannot trace.
+        return capture_whole(model, call)
+    except _compat.graph_break_types() as error:
         return _capture_around_breaks(model, call, error)
+    except Exception as error:
+        raise GraphBreakError(f"Dynamo cannot trace {type(model).__name__}: {error}") from error
 
 
 def capture_whole(model: nn.Module, call: Call) -> GraphModule:
@@ -217,7 +218,7 @@ def _describe(call: Call) -> str:
     return f"({', '.join(named)})"
 
 
-def _capture_around_breaks(model: nn.Module, call: Call, error: Exception) -> GraphModule:
+def _capture_around_breaks(model: nn.Module, call: Call, error: BaseException) -> GraphModule:
     # One entry a run, not a graph: layers that are alike and run one by one share a graph.
     runs: list[tuple[GraphModule, tuple[Any, ...]]] = []
 

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import attnres_rewrite as ar
 
+pytestmark = pytest.mark.slow
 LAYERS, BLOCKS = 3, 2
 TOLERANCE = 1e-9  # float64
 

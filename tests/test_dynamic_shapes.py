@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import attnres_rewrite as ar
 
+pytestmark = pytest.mark.slow
 LAYERS, BLOCKS = 2, 2
 TOLERANCE = 1e-5  # float32
 BATCHES = [(2, 9), (3, 9), (5, 9), (8, 9)]
@@ -103,6 +104,8 @@ def test_fixed_shapes_on_request() -> None:
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_hugging_face_model(training) -> None:
+    # They outlive a reset, with the graph breaks of other tests.
+    torch._dynamo.utils.counters.clear()
     model = prepared(llama(LAYERS))
     plain = copy.deepcopy(model)
     model, counting = rewritten(model)

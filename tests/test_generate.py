@@ -170,6 +170,7 @@ def t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(config)
 
 
+@pytest.mark.slow
 def test_encoder_decoder() -> None:
     """`generate()` calls the encoder on its own, once, and then the decoder with its two caches."""
     model = prepared(t5())

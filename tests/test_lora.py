@@ -12,6 +12,7 @@ import attnres_rewrite as ar
 
 peft = pytest.importorskip("peft")
 
+pytestmark = pytest.mark.slow
 LAYERS, BLOCKS, RANK, ALPHA = 2, 2, 3, 6
 TARGETS = ("q_proj", "v_proj", "down_proj")
 TOLERANCE = 1e-5  # float32

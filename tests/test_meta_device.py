@@ -65,7 +65,8 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize("size", ["13B", pytest.param("70B", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
 def test_large_models_need_no_memory_for_their_weights(size) -> None:
     config = SIZES[size]
     done = subprocess.run(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import attnres_rewrite as ar
 
 LAYERS, BLOCKS = 2, 2
+pytestmark = pytest.mark.slow
 HALVES = [torch.bfloat16, torch.float16]
 IDS = token_ids()
 SUM = ar.AttnResConfig(blocks=BLOCKS, aggregation="sum")

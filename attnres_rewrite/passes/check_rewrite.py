@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Sequence
 
@@ -34,8 +35,10 @@ class CheckRewrite(Pass):
         if len(sites) != len(plan.stream.branches):
             raise PostconditionError(f"{len(plan.stream.branches)} branches but {len(sites)} sites")
         terms = self._terms(plan)
-        for k, (site, count) in enumerate(zip(sites, plan.sources, strict=True)):
-            self._check_site(site, k, count, plan, terms)
+        # How many branch outputs there are up to every site.
+        added = itertools.accumulate(bool(branch.adds) for branch in plan.stream.branches)
+        for k, (site, count, last) in enumerate(zip(sites, plan.sources, added, strict=True)):
+            self._check_site(site, k, count, last, terms)
         return len(sites)
 
     def summary(self, result: int) -> str:
@@ -55,7 +58,7 @@ class CheckRewrite(Pass):
                 terms.setdefault(through_transparent(step.operand), 0)
         return terms
 
-    def _check_site(self, site: Site, k: int, count: int, plan: StreamPlan, terms: dict[Node, int]) -> None:
+    def _check_site(self, site: Site, k: int, count: int, last: int, terms: dict[Node, int]) -> None:
         if site.node.target is not torch.ops.attnres.block_attn_res.default:
             raise PostconditionError(f"site {k} is not a block_attn_res node but {site.node.target}")
         sources = site.node.args[0]
@@ -66,7 +69,6 @@ class CheckRewrite(Pass):
         if parts != [_bits(part) for part in site.parts]:
             raise PostconditionError(f"site {k} sums {list(map(_numbers, parts))} instead of {site.parts}")
         # Disjoint and complete: as many bits as there are terms so far, and every one of them.
-        last = sum(bool(branch.adds) for branch in plan.stream.branches[: k + 1])
         count_of_bits, union = sum(part.bit_count() for part in parts), functools.reduce(operator.or_, parts)
         if count_of_bits != last + 1 or union != _bits(range(last + 1)):
             raise PostconditionError(

@@ -252,13 +252,24 @@ class _Search:
         if known[0] == known[1]:
             return None
         source, operand = (add.left, add.right) if known[0] else (add.right, add.left)
+        # What computes from a stream, this one or another, is no bias but a meeting of two.
+        if depends_on(operand, self.values.__contains__, 0, self.index):
+            return None
         return Step("bias", node, operand), source
 
     def streams(self) -> list[ResidualStream]:
         """The longest path of every tree, without trees that are nested in a branch of another."""
-        streams = [s for end in self._ends() if (s := self._stream(end.path())) is not None]
-        streams = [s for s in streams if not any(self._nested(s.root, s.branches[-1].value, t) for t in streams)]
-        return sorted(streams, key=lambda s: self.index[s.root])
+        found = [s for end in self._ends() if (s := self._stream(end.path())) is not None]
+        streams: list[ResidualStream] = []
+        # The streams that have begun and not ended: no other can hold the next one.
+        around: list[ResidualStream] = []
+        for stream in sorted(found, key=lambda s: self.index[s.root]):
+            start, last = self.index[stream.root], stream.branches[-1].value
+            around = [other for other in around if self.index[other.branches[-1].value] > start]
+            if not any(self._nested(stream.root, last, other) for other in around):
+                streams.append(stream)
+            around.append(stream)
+        return streams
 
     def _ends(self) -> list[_Value]:
         """The last value of the longest path of every tree, without the values that are inside a branch."""

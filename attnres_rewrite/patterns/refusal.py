@@ -250,12 +250,14 @@ def explain_refusals(pieces: Sequence[Piece], rejected: Sequence[Node], index: d
         found = PostNorm().match(piece.root, piece_of.keys() - piece.ends, values - {piece.root})
         if isinstance(found, Rejection):
             continue
-        if any(continuation.norm is None for continuation in found):
+        norms = [continuation.norm for continuation in found if continuation.norm is not None]
+        if len(norms) == len(found):
+            # A norm between two towers is the first one's last.
+            norms = [c.norm for c in found if c.norm is not None and piece_of[c.end].may_go_on_in(piece)]
+        elif not norms:
             transformed.append(Rejection(TRANSFORMED, piece.root))
-            continue
-        norms = [c.norm for c in found if piece_of[c.end].may_go_on_in(piece)]
-        # A norm between two towers is the first one's last.
-        post_norm += [Rejection(POST_NORM, norm) for norm in norms[:1] if norm is not None]
+        # On some way there may be no norm, where one is written by hand: x * rsqrt(...).
+        post_norm += [Rejection(POST_NORM, norm) for norm in norms[:1]]
 
     gates = [gate for add in rejected if isinstance(gate := GatedStream().match(add, index), GateMatch)]
     streams = [piece for piece in pieces if piece.is_stream]

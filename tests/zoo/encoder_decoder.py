@@ -84,6 +84,10 @@ def breaks(says: str, line: str) -> Refused:
 
 # A decoder layer attends to itself, attends to the encoder, and feeds forward.
 TWO = Accepted({"encoder": 8, "decoder": 12})
+# In training a layer is left out where a random number says so.
+DROPS_LAYERS = "Data-dependent branching"
+SEAMLESS = Accepted({"text_encoder": 8, "text_decoder": 12}, untrainable=DROPS_LAYERS)
+LAYER_DROP = Accepted({"encoder": 8, "decoder": 12}, untrainable=DROPS_LAYERS)
 BART_NORM = post_norm("hidden_states = self.self_attn_layer_norm(hidden_states)")
 WINDOWS = {"attention_window": 4, "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64}
 
@@ -107,13 +111,13 @@ MEMBERS = [
     # The tokens that attend globally are a stream of their own, of whose last layer nothing is used.
     text(
         "PegasusX", "pegasus_x",
-        Accepted({"encoder": (8, 6), "decoder": 12}, layers={"encoder": (4, 3), "decoder": 4}), block_size=4,
+        Accepted({"encoder": (8, 7), "decoder": 12}, idle=1), block_size=4,
         num_global_tokens=4
     ),
     text("BigBird-Pegasus", "bigbird_pegasus", TWO, attention_type="original_full"),
-    text("M2M100", "m2m_100", TWO),
-    text("NLLB-MoE", "nllb-moe", breaks("data-dependent", "for expert_idx in expert_hit"), moe=True),
-    text("NLLB-MoE, dense", "nllb-moe", TWO, encoder_sparse_step=0, decoder_sparse_step=0),
+    text("M2M100", "m2m_100", LAYER_DROP),
+    text("NLLB-MoE", "nllb-moe", breaks("aten.nonzero.default", "modeling_nllb_moe.py"), moe=True),
+    text("NLLB-MoE, dense", "nllb-moe", LAYER_DROP, encoder_sparse_step=0, decoder_sparse_step=0),
     text("Blenderbot", "blenderbot", TWO),
     text("BlenderbotSmall", "blenderbot-small", BART_NORM),
     text("BART", "bart", BART_NORM),
@@ -121,7 +125,7 @@ MEMBERS = [
     text("PLBart", "plbart", BART_NORM),
     text("MVP", "mvp", BART_NORM),
     text(
-        "FSMT", "fsmt", post_norm("x = self.self_attn_layer_norm(x)"), src_vocab_size=128, tgt_vocab_size=128,
+        "FSMT", "fsmt", breaks("Data-dependent branching", "modeling_fsmt.py"), src_vocab_size=128, tgt_vocab_size=128,
         langs=("en", "de")
     ),
     text("ProphetNet", "prophetnet", post_norm("self.self_attn_layer_norm(attention_output + hidden_states)")),
@@ -129,8 +133,8 @@ MEMBERS = [
     text("T5Gemma", "t5gemma", TWO),
     # One attention of the decoder serves both itself and the encoder.
     text("T5Gemma 2", "t5gemma2", Accepted({"encoder.text_model": 8, "decoder": 8})),
-    text("SeamlessM4T", "seamless_m4t", Accepted({"text_encoder": 8, "text_decoder": 12})),
-    text("SeamlessM4T v2", "seamless_m4t_v2", Accepted({"text_encoder": 8, "text_decoder": 12})),
+    text("SeamlessM4T", "seamless_m4t", SEAMLESS),
+    text("SeamlessM4T v2", "seamless_m4t_v2", SEAMLESS),
     Member(
         "UDOP", "encoder-decoder", lambda: AutoModel.from_config(tiny_config("udop", d_kv=16, use_cache=False)),
         pages, TWO

@@ -332,7 +332,7 @@ DIFFUSERS = [
     ),
     # What the last block makes of the text is not used.
     denoiser(
-        "Qwen-Image", "QwenImageTransformer2DModel", Accepted({"": (8, 6)}, {"": (4, 3)}),
+        "Qwen-Image", "QwenImageTransformer2DModel", Accepted({"": (8, 7)}, idle=1),
         {"hidden_states": (16, 16), "encoder_hidden_states_mask": torch.ones(2, 7)} | PROMPT | GRID,
         "patch_size=2, in_channels=16, out_channels=4, num_layers=4, joint_attention_dim=32, "
         "axes_dims_rope=(4, 6, 6)",

@@ -22,6 +22,7 @@ class Accepted:
         dtype: What the checks run in; float32 where the model does not run in float64.
         tolerance: Allowed relative error, where the model itself computes in a lower precision than ``dtype``.
         untrainable: What is said when the model is trained, where its own code cannot be captured then.
+        idle: Number of sites whose read the model throws away, so that they get no gradient.
         sizes: Two (batch, length) pairs that it is run on.
     """
 
@@ -30,6 +31,7 @@ class Accepted:
     dtype: torch.dtype = torch.float64
     tolerance: float | None = None
     untrainable: str = ""
+    idle: int = 0
     sizes: tuple[tuple[int, int], tuple[int, int]] = ((2, 6), (3, 5))
 
 

@@ -12,7 +12,22 @@ from zoo.member import Member
 from zoo.members import MEMBERS, kind_of, table, totals
 
 # Of every family one or two; the rest is marked, and left to `make zoo`.
-REPRESENTATIVE = ()
+REPRESENTATIVE = {
+    "causal language model-mamba2",
+    "causal language model-minimax",
+    "causal language model-mixtral",
+    "causal language model-zaya",
+    "encoder-ModernBERT",
+    "vision-Swin",
+    "audio-wav2vec2",
+    "multimodal-CLIP",
+    "diffusers-diffusers DiT",
+    "x-transformers-x-transformers scale_residual",
+    "vit-pytorch-vit-pytorch SimpleViT with hyper-connections",
+    "torch.nn-torch.nn.TransformerDecoder pre-norm",
+    "hand-written-LayerScale and stochastic depth",
+    "hand-written-gated by hand",
+}
 
 
 def cases() -> Iterator[object]:
@@ -35,6 +50,7 @@ def test_every_causal_language_model_of_transformers_is_listed() -> None:
 def test_names_are_unique() -> None:
     names = [(member.family, member.name) for member in MEMBERS]
     assert len(names) == len(set(names))
+    assert {f"{family}-{name}" for family, name in names} >= REPRESENTATIVE
 
 
 def test_the_readme_quotes_the_totals() -> None:
