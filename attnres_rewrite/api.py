@@ -178,9 +178,9 @@ def explain(
     The arguments and errors are those of :func:`rewrite`.
     """
     config = resolve_config(blocks, config)
-    if isinstance(model, ExportedProgram):
-        return make_report(analyse(model.graph_module, config), config, sum(p.numel() for p in model.parameters()))
     parameters = sum(p.numel() for p in model.parameters())
+    if isinstance(model, ExportedProgram):
+        return make_report(analyse(with_metadata(model.graph_module, None), config), config, parameters)
     if isinstance(model, GraphModule):
         return make_report(analyse(with_metadata(model, example_inputs), config), config, parameters)
     return make_report(analyse_module(model, config, example_inputs), config, parameters)

@@ -213,6 +213,16 @@ def test_resolve_inplace_ops_changes_all_on_intermediates(spelling, graph_of) ->
     assert len(stream.branches) == 4
 
 
+@pytest.mark.parametrize("verb", [ar.explain, ar.rewrite])
+def test_an_exported_program_keeps_its_in_place_adds(verb) -> None:
+    """They are resolved in a copy."""
+    program = export(chain(in_place), X)
+    before = str(program.graph)
+    assert "add_" in before
+    verb(program, "full")
+    assert str(program.graph) == before
+
+
 def test_resolve_inplace_ops_leaves_out_of_place_ones_alone() -> None:
     module = by_fx(chain(lambda x, feed: x + feed(x)))
     before = str(module.graph)
