@@ -154,6 +154,11 @@ def refusing_graph_breaks(refuse: bool) -> Any:
     return torch._dynamo.error_on_graph_break(refuse)
 
 
+def capturing_scalars(capture: bool) -> contextlib.AbstractContextManager[Any]:
+    """A context in which, where ``capture`` says so, Dynamo takes ``tensor.item()`` into the graph and goes on."""
+    return torch._dynamo.config.patch(capture_scalar_outputs=True) if capture else contextlib.nullcontext()
+
+
 def ignore_logged_warnings() -> None:
     """Let Dynamo leave out ``logger.warning_once``, which transformers adds and calls in the forward of its models."""
     warn_once = getattr(logging.Logger, "warning_once", None)

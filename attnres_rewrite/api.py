@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from attnres_rewrite import _compat
 from attnres_rewrite.anchor import AnchorSpec
 from attnres_rewrite.backend import AttnResBackend, plain_residuals_wanted, rewrite_captured
-from attnres_rewrite.capture import Call, ExampleInputs, capture, capture_whole, example_call
+from attnres_rewrite.capture import Call, Capture, ExampleInputs, capture, capture_whole, example_call
 from attnres_rewrite.config import AttnResConfig, Blocks
 from attnres_rewrite.errors import AttnResError, UnsupportedResidualError
 from attnres_rewrite.exported import rewrite_exported
@@ -101,7 +101,8 @@ def _rewrite_live(
     known = {"mode", "options", "dynamic", "fullgraph"}
     if not set(compile_options) <= known:
         raise TypeError(f"rewrite got unknown options {sorted(set(compile_options) - known)}; known: {sorted(known)}")
-    analysis = analyse_module(model, config, example_inputs)
+    captured = _capture_module(model, example_inputs)
+    analysis = analyse(captured.module, config)
     owners = _owners(model, analysis)
     taken = {name for plans in owners.values() for name in (p.stream.owner for p in plans)}
     plain = tuple(name for name in analysis.found if name not in taken)
@@ -109,19 +110,19 @@ def _rewrite_live(
     attnres = AttnResBackend(backend, mode=mode, options=options, plain_streams=plain)
     specs = [_spec(owner, plans, config, plain) for owner, plans in owners.items()]
     widths = [[p.stream.width for p in plans for _ in p.stream.branches] for plans in owners.values()]
-    install(model, specs, widths, LiveState(attnres, compile_options))
+    install(model, specs, widths, LiveState(attnres, compile_options, scalars=captured.scalars))
     try:
-        _rehearse(model, example_call(model, example_inputs))
+        _rehearse(model, example_call(model, example_inputs), scalars=captured.scalars)
     except BaseException:
         uninstall(model)
         raise
     return model
 
 
-def _rehearse(model: nn.Module, call: Call) -> None:
+def _rehearse(model: nn.Module, call: Call, *, scalars: bool) -> None:
     """Rewrite the graph of the model's first call ahead of it, so that what would fail then fails now."""
     try:
-        module = capture_whole(model, call)
+        module = capture_whole(model, call, scalars=scalars)
     except _compat.graph_break_types():
         # Breaks outside the streams, which capture() found harmless.
         return
@@ -130,6 +131,10 @@ def _rehearse(model: nn.Module, call: Call) -> None:
 
 def analyse_module(model: nn.Module, config: AttnResConfig, example_inputs: ExampleInputs | None) -> Analysis:
     """The plan for an ``nn.Module``, which is captured and not changed."""
+    return analyse(_capture_module(model, example_inputs).module, config)
+
+
+def _capture_module(model: nn.Module, example_inputs: ExampleInputs | None) -> Capture:
     rewritten = [name for name, _ in live_forwards(model)]
     if rewritten:
         raise UnsupportedResidualError(
@@ -137,8 +142,7 @@ def analyse_module(model: nn.Module, config: AttnResConfig, example_inputs: Exam
             "them out, then it can be rewritten again"
         )
     with plain_residuals_wanted():
-        module = capture(model, example_call(model, example_inputs))
-    return analyse(module, config)
+        return capture(model, example_call(model, example_inputs))
 
 
 def _owners(model: nn.Module, analysis: Analysis) -> dict[str, list[StreamPlan]]:

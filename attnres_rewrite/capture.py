@@ -95,11 +95,25 @@ class _Captured(Exception):
         self.module = module
 
 
-def capture(model: nn.Module, call: Call) -> GraphModule:
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """A graph, and how it was had.
+
+    Attributes:
+        module: The graph.
+        scalars: Whether it is one graph only if ``tensor.item()`` and what is computed from it are taken into it;
+            whoever runs the model must then do so too.
+    """
+
+    module: GraphModule
+    scalars: bool = False
+
+
+def capture(model: nn.Module, call: Call) -> Capture:
     """The torch-level graph of ``model`` on ``call``, by Dynamo, on fake tensors: nothing is computed.
 
-    Where the call breaks into several graphs, the one that holds the residual streams; a model with
-    breaks is run for real, under a copied random state.
+    Where the call breaks into several graphs even with scalars taken into them, the one that holds the residual
+    streams; a model with breaks is run for real, under a copied random state.
 
     Raises:
         GraphBreakError: A graph break lies between layers.
@@ -113,22 +127,30 @@ def capture(model: nn.Module, call: Call) -> GraphModule:
         )
 
     try:
-        return capture_whole(model, call)
+        return Capture(capture_whole(model, call))
     except ExampleInputsError:
         raise
     except Exception:
         _run_plainly(model, call)
     try:
         # Once more: some models set themselves up in their first call, in ways that Dynamo cannot trace.
-        return capture_whole(model, call)
+        return Capture(capture_whole(model, call))
     except _compat.graph_break_types() as error:
-        return _capture_around_breaks(model, call, error)
+        # Not in the first place: what a user's own torch.compile takes for one graph should be one without it.
+        with contextlib.suppress(Exception):
+            return Capture(capture_whole(model, call, scalars=True), scalars=True)
+        return Capture(_capture_around_breaks(model, call, error))
     except Exception as error:
         raise GraphBreakError(f"Dynamo cannot trace {type(model).__name__}: {error}") from error
 
 
-def capture_whole(model: nn.Module, call: Call) -> GraphModule:
+def capture_whole(model: nn.Module, call: Call, *, scalars: bool = False) -> GraphModule:
     """The graph of ``model`` on ``call``; raises whatever Dynamo does where it is not one graph.
+
+    Args:
+        model: What to capture.
+        call: What it is called with.
+        scalars: As in :func:`compiled`.
 
     Raises:
         ExampleInputsError: The call computes nothing.
@@ -142,14 +164,14 @@ def capture_whole(model: nn.Module, call: Call) -> GraphModule:
 
     try:
         with _without_cache_on_meta(model):
-            call.run(compiled(model, stop, one_graph=True))
+            call.run(compiled(model, stop, one_graph=True, scalars=scalars))
     except _Captured as captured:
         return captured.module
     raise ExampleInputsError(f"{type(model).__name__} computes nothing from these example inputs")
 
 
 def compiled(
-    function: Callable[..., Any], backend: Callable[..., Any], *, one_graph: bool = False
+    function: Callable[..., Any], backend: Callable[..., Any], *, one_graph: bool = False, scalars: bool = False
 ) -> Callable[..., Any]:
     """``function`` compiled for one use: no cache shared with other models, no fused kernel that hides adds.
 
@@ -158,6 +180,7 @@ def compiled(
         backend: What is given the graphs.
         one_graph: Raise at the first graph break. Not by ``fullgraph``, which also captures what breaks the graph
             without it, such as ``tensor.tolist()``: then a model could be captured that does not run.
+        scalars: Take ``tensor.item()`` into the graph.
     """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -165,7 +188,13 @@ def compiled(
             return _compat.unfused(function, *args, **kwargs)
 
     _compat.ignore_logged_warnings()
-    return torch.compile(_compat.with_own_code(forward), backend=backend)
+    call = torch.compile(_compat.with_own_code(forward), backend=backend)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _compat.capturing_scalars(scalars):
+            return call(*args, **kwargs)
+
+    return run
 
 
 @contextlib.contextmanager
@@ -269,9 +298,10 @@ def _add_prefix(model: nn.Module, module: GraphModule, arguments: tuple[Any, ...
             if f".{known}".endswith(f".{inner}" if inner else ""):
                 votes[f".{known}".removesuffix(f".{inner}" if inner else "").strip(".")] += 1
     prefix = votes.most_common(1)[0][0] if votes else ""
+    root = {"": (prefix, type(model.get_submodule(prefix)))} if prefix else {}
     for node in module.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
-        node.meta["nn_module_stack"] = {
+        node.meta["nn_module_stack"] = root | {
             key: (f"{prefix}.{normalise_path(path)}".strip("."), *kind) for key, (path, *kind) in stack.items()
         }
     return prefix

@@ -15,6 +15,7 @@ from attnres_rewrite.backend import AttnResBackend
 from attnres_rewrite.capture import ExampleInputs, compiled, example_call
 from attnres_rewrite.errors import GraphBreakError
 from attnres_rewrite.graph import carries_data, module_path
+from attnres_rewrite.live import captures_scalars
 from attnres_rewrite.op import depth_weights
 from attnres_rewrite.passes import Site
 from attnres_rewrite.patterns import Transparent
@@ -124,7 +125,7 @@ def depth_attention(model: nn.Module, example_inputs: ExampleInputs | None = Non
     call = example_call(model, example_inputs)
     backend = _RecordingBackend()
     with torch.no_grad(), torch.random.fork_rng():
-        call.run(compiled(model, backend))
+        call.run(compiled(model, backend, scalars=captures_scalars(model)))
     return _table(list(backend.recorded.values()))
 
 

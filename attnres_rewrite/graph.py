@@ -148,11 +148,17 @@ def overwritten_by(node: Node) -> Node | None:
     return first if node.kwargs.get("inplace") or name.endswith("_") else None
 
 
-def aliases_of(node: Node) -> set[Node]:
-    """The nodes that may be views of the same memory as ``node``, itself among them."""
+def memory_base(node: Node) -> Node:
+    """The node whose memory ``node`` may be a view of."""
     while op_name(node) in ALIASING and node.args and isinstance(node.args[0], Node):
         node = node.args[0]
-    found, pending = {node}, [node]
+    return node
+
+
+def aliases_of(node: Node) -> set[Node]:
+    """The nodes that may be views of the same memory as ``node``, itself among them."""
+    base = memory_base(node)
+    found, pending = {base}, [base]
     while pending:
         for user in pending.pop().users:
             if op_name(user) in ALIASING and user not in found and user.args and user.args[0] in found:

@@ -89,12 +89,14 @@ class LiveState:
         enabled: Whether AttnRes runs; ``disabled(model)`` clears it for a while.
         backend: The one backend that compiles this model's graphs.
         options: Further options of ``torch.compile``.
+        scalars: Whether the model is one graph only if ``tensor.item()`` is taken into it.
     """
 
-    def __init__(self, backend: AttnResBackend, options: dict[str, Any]) -> None:
+    def __init__(self, backend: AttnResBackend, options: dict[str, Any], *, scalars: bool = False) -> None:
         self.enabled = True
         self.backend = backend
         self.options = options
+        self.scalars = scalars
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function``, compiled by the backend, with a cache of its own."""
@@ -103,6 +105,11 @@ class LiveState:
             _compat.with_own_code(function), backend=self.backend, **self.options
         )
         return compiled
+
+    def run(self, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call what was compiled, as the model was captured."""
+        with _compat.capturing_scalars(self.scalars):
+            return compiled(*args, **kwargs)
 
 
 class LiveForward:
@@ -116,6 +123,7 @@ class LiveForward:
         self.owner, self.state = owner, state
         self.spec = spec.to_json()
         self.replaced = owner.__dict__.get("forward")
+        self._of_class = type(owner).forward
         self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -129,7 +137,7 @@ class LiveForward:
         install_output_hooks(self.owner, kwargs)
         if self._compiled is None:
             self._compiled = self.state.compile(_run_layers)
-        return self._compiled(self, *args, **kwargs)
+        return self.state.run(self._compiled, self, *args, **kwargs)
 
     def run_layers(self, *args: Any, **kwargs: Any) -> Any:
         """The anchor and the original forward, for Dynamo to trace."""
@@ -143,26 +151,31 @@ class LiveForward:
         """The forward that the owner had before the rewrite."""
         if self.replaced is not None:
             return self.replaced(*args, **kwargs)
-        return type(self.owner).forward(self.owner, *args, **kwargs)
+        # Kept, and not taken from the class here: Dynamo does not look into a class that is allow_in_graph.
+        return self._of_class(self.owner, *args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
         # Libraries look at the signature of forward to see which arguments a model takes.
-        return inspect.signature(self.replaced or type(self.owner).forward.__get__(self.owner))
+        return inspect.signature(self.replaced or self._of_class.__get__(self.owner))
 
     @property
     def __code__(self) -> types.CodeType:
         # torch.export looks at the code of a root's forward to tell the user's frames from its own.
-        code: types.CodeType = inspect.unwrap(self.replaced or type(self.owner).forward).__code__
+        code: types.CodeType = inspect.unwrap(self.replaced or self._of_class).__code__
         return code
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled": None}
+        # The class's forward may have no name to be pickled by, where a decorator made it.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_compiled", "_of_class")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _compiled=None, _of_class=type(state["owner"]).forward)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LiveForward:
         new = object.__new__(LiveForward)
         memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return new
 
 
@@ -182,7 +195,7 @@ class RootCall:
         if _is_traced():
             raise NotRewrittenError(not_rewritten_message(self.owner))
         install_output_hooks(self.model, kwargs)
-        return self.compiled(*args, **kwargs)
+        return self.state.run(self.compiled, *args, **kwargs)
 
 
 def _is_traced() -> bool:
@@ -200,6 +213,11 @@ def live_forwards(model: nn.Module) -> Iterator[tuple[str, LiveForward]]:
         forward = module.__dict__.get("forward")
         if isinstance(forward, LiveForward):
             yield name, forward
+
+
+def captures_scalars(model: nn.Module) -> bool:
+    """Whether ``model`` is one graph only if ``tensor.item()`` is taken into it."""
+    return any(forward.state.scalars for _, forward in live_forwards(model))
 
 
 def install(model: nn.Module, specs: Sequence[AnchorSpec], widths: Sequence[Sequence[int]], state: LiveState) -> None:

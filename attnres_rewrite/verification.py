@@ -13,6 +13,7 @@ from attnres_rewrite.api import attnres_parameters, disabled, require_live
 from attnres_rewrite.backend import AttnResBackend
 from attnres_rewrite.capture import Call, ExampleInputs, compiled, example_call
 from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.live import captures_scalars
 from attnres_rewrite.passes import Site
 
 # Multiples of the dtype's epsilon. Two orders of summing some hundred terms differ by far less.
@@ -112,7 +113,7 @@ def verify(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ver
 
 def _outputs(model: nn.Module, call: Call, backend: AttnResBackend) -> list[Tensor]:
     with torch.random.fork_rng():
-        return _compat.tensors_in(call.run(compiled(model, backend)))
+        return _compat.tensors_in(call.run(compiled(model, backend, scalars=captures_scalars(model))))
 
 
 def relative_difference(outputs: list[Tensor], references: list[Tensor]) -> float:

@@ -53,7 +53,7 @@ X = embeddings()
 
 
 def by_dynamo(model: nn.Module) -> GraphModule:
-    return capture(model, Call((X,), {}))
+    return capture(model, Call((X,), {})).module
 
 
 def by_export(model: nn.Module) -> GraphModule:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import WIDTH, Block, Feed, embeddings, llama, relative_error, site_parameters, token_ids
+from models import WIDTH, Block, Feed, embeddings, llama, randomise_sites, relative_error, site_parameters, token_ids
 from models import Encoder as TorchEncoder
 from torch import Tensor, nn
 
@@ -63,6 +63,49 @@ def test_a_plain_stream_inside_a_rewritten_owner() -> None:
     model = ar.rewrite(Outer(), config=config, example_inputs=embeddings(), backend="eager")
     assert len(site_parameters(model)[0]) == 4
     model(embeddings())
+
+
+class Checked(nn.Module):
+    """Two towers, and between them a value that is computed from the first one's output and taken out of its tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Encoder(2), Encoder(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        scale = x.abs().amax().item()
+        return self.second(x / scale)
+
+
+def test_towers_with_a_scalar_between_them_are_one_graph() -> None:
+    model = Checked()
+    before = model(embeddings())
+    ar.rewrite(model, config=SUM, example_inputs=embeddings(), backend="eager")
+    assert len(site_parameters(model)[0]) == 8
+    assert relative_error(model(embeddings()), before) < 1e-6
+    assert ar.verify(model, example_inputs=embeddings()).sites == 8
+    randomise_sites(model)
+    changed = model(embeddings())
+    assert relative_error(changed, before) > 1e-3
+    assert len(ar.depth_attention(model, example_inputs=embeddings()).weights) == 8
+    # For a compiler that leaves scalars out each tower is a graph of its own, and whole.
+    compiled = torch.compile(model, backend=ar.AttnResBackend("eager"))
+    assert relative_error(compiled(embeddings()), changed) < 1e-6
+
+
+def test_reversible_layers_are_refused() -> None:
+    class Reversible(Encoder):
+        def forward(self, x: Tensor) -> Tensor:
+            left, right = self.embed(x).repeat(1, 1, 2).chunk(2, dim=-1)
+            for layer in self.layers:
+                left = left + layer.first(right)
+                right = right + layer.second(left)
+            return left + right
+
+    model = Reversible(3)
+    with pytest.raises(ar.UnsupportedResidualError, match=r"coupled streams.*left = left"):
+        ar.rewrite(model, blocks=2, example_inputs=embeddings())
 
 
 class InPlace(Encoder):

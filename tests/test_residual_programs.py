@@ -369,7 +369,7 @@ def test_in_an_exported_program(program: Program) -> None:
 def test_in_a_graph_of_dynamo(program: Program) -> None:
     torch._dynamo.reset()
     _, model = build(program)
-    check_plan(analyse(capture(model, Call((X,), {})), config_of(program)), program)
+    check_plan(analyse(capture(model, Call((X,), {})).module, config_of(program)), program)
 
 
 @pytest.mark.parametrize("everywhere", [True, False])

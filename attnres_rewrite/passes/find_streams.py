@@ -23,14 +23,16 @@ from attnres_rewrite.graph import (
     op_name,
     overwritten_by,
     require_tensor,
+    same_shape,
     sequential_paths,
     source_line,
 )
 from attnres_rewrite.passes.base import Pass, PostconditionError
 from attnres_rewrite.patterns import ResidualAdd, StreamBias, StreamScale, Transparent, through_transparent
 from attnres_rewrite.patterns.base import Rejection
-from attnres_rewrite.patterns.refusal import Piece, explain_refusals, is_mixer
-from attnres_rewrite.patterns.residual_add import is_add, is_in_place
+from attnres_rewrite.patterns.refusal import REVERSIBLE, Piece, explain_refusals, is_mixer
+from attnres_rewrite.patterns.residual_add import is_add
+from attnres_rewrite.patterns.stream_scale import scaled_values
 from attnres_rewrite.streams import Branch, Rejected, ResidualStream, Step
 
 OVERWRITTEN = (
@@ -160,7 +162,7 @@ class _Search:
                 reasons.append("the stream operand is multiplied by alpha")
                 continue
             outcome = self._attach(node, stream_side, branch, alpha)
-            if isinstance(outcome, _Value) and is_in_place(node):
+            if isinstance(outcome, _Value) and overwritten_by(node) is not None:
                 self._shared.append(node)
                 self.rejected[node] = "it overwrites a tensor that something else shares"
                 return
@@ -266,7 +268,8 @@ class _Search:
         for stream in sorted(found, key=lambda s: self.index[s.root]):
             start, last = self.index[stream.root], stream.branches[-1].value
             around = [other for other in around if self.index[other.branches[-1].value] > start]
-            if not any(self._nested(stream.root, last, other) for other in around):
+            adds = sum(len(branch.adds) for branch in stream.branches)
+            if not any(self._nested(stream.root, last, adds, other) for other in around):
                 streams.append(stream)
             around.append(stream)
         return streams
@@ -298,17 +301,18 @@ class _Search:
 
     def refusals(self, streams: list[ResidualStream], pieces: list[Piece]) -> list[Refusal]:
         """Why streams, or parts of some, are missing from ``streams``."""
-        shared = [
+        certain = [
             Rejection(
                 "a residual add overwrites in place a tensor that is used elsewhere as well: write x = x + f(x)", add
             )
             for add in self._shared
         ]
-        shared += [Rejection(OVERWRITTEN, node) for stream in streams for node in self._overwriting(stream)]
+        certain += [Rejection(OVERWRITTEN, node) for stream in streams for node in self._overwriting(stream)]
+        certain += [Rejection(REVERSIBLE, root) for root in self._coupled(streams, pieces)]
         found = explain_refusals(pieces, list(self.rejected), self.index)
         return [
             Refusal(module_path(r.node), UnsupportedResidualError(f"{r.reason} (at {source_line(r.node)})"))
-            for r in (*shared, *found)
+            for r in (*certain, *found)
         ]
 
     def _overwriting(self, stream: ResidualStream) -> Iterator[Node]:
@@ -352,7 +356,8 @@ class _Search:
             pieces.append(_piece(adds, stream.root, values, {last.value, adds[-1]}, is_stream=True))
         trees = {self._tree_of(stream) for stream in streams}
         for end in self._ends():
-            if end.root in trees or any(self._nested(end.root.node, end.node, stream) for stream in streams):
+            chain = end.root.node, end.node, end.depth
+            if end.root in trees or any(self._nested(*chain, stream) for stream in streams):
                 continue
             adds = [value.node for value in end.path()[1:]]
             pieces.append(_piece(adds, end.root.node, adds, {end.node}, is_stream=False))
@@ -393,18 +398,44 @@ class _Search:
             node = reads[0]
             steps.append(found[0])
 
-    def _nested(self, root: Node, last: Node, outer: ResidualStream) -> bool:
-        """Whether the chain from ``root`` to ``last`` begins and ends in one branch of ``outer``."""
-        index = self.index
+    def _nested(self, root: Node, last: Node, adds: int, outer: ResidualStream) -> bool:
+        """Whether the chain of adds from ``root`` to ``last`` is a part of what one branch of ``outer`` computes."""
+        branch = self._branch_around(last, outer) if self.index[root] >= self.index[outer.root] else None
+        if branch is None or root is outer.root or not self._computes_from(root, self._tree_of(outer)):
+            return False
+        return not self._is_coupled(root, last, adds, outer)
+
+    def _branch_around(self, node: Node, outer: ResidualStream) -> int | None:
+        """The branch of ``outer`` that computes from ``node``, of those at its place in the graph."""
         # What can be told by position goes first: a search between chains far apart crosses the whole graph.
-        if root is outer.root or index[root] < index[outer.root]:
-            return False
-        k = bisect.bisect_right(outer.branches, index[last], key=lambda branch: index[branch.value])
+        index = self.index
+        k = bisect.bisect_right(outer.branches, index[node], key=lambda branch: index[branch.value])
         adds = (s for branch in itertools.islice(outer.branches, k, None) for s in branch.adds)
-        operand = next((s.operand for s in adds if index[s.node] > index[last]), None)
-        if not (isinstance(operand, Node) and depends_on(operand, lambda node: node is last, index[last], index)):
+        operand = next((s.operand for s in adds if index[s.node] > index[node]), None)
+        found = isinstance(operand, Node) and depends_on(operand, lambda other: other is node, index[node], index)
+        return k if found else None
+
+    def _is_coupled(self, root: Node, last: Node, adds: int, outer: ResidualStream) -> bool:
+        """Whether a chain that begins in a branch of ``outer`` goes on after it, as a second stream does.
+
+        What one layer merely hands to a later one is no chain, and attention scores that are summed over the
+        layers have another shape.
+        """
+        if adds < 2 or root is outer.root or not self.index[outer.root] < self.index[root] < self.index[last]:
             return False
-        return self._computes_from(root, self._tree_of(outer))
+        if not same_shape(require_tensor(root), require_tensor(outer.root)):
+            return False
+        begins = self._branch_around(root, outer)
+        if begins is None or not self._computes_from(root, self._tree_of(outer)):
+            return False
+        return self.index[last] > self.index[outer.branches[begins].value]
+
+    def _coupled(self, streams: list[ResidualStream], pieces: list[Piece]) -> Iterator[Node]:
+        """The root of every chain that goes on from one branch of a stream to the next."""
+        for piece, stream in itertools.product(pieces, streams):
+            last = max(piece.ends, key=self.index.__getitem__)
+            if self._is_coupled(piece.root, last, len(piece.values), stream):
+                yield piece.root
 
     def _tree_of(self, stream: ResidualStream) -> _Value:
         return self.values[stream.branches[0].adds[0].node].root
@@ -413,14 +444,10 @@ class _Search:
 def _linear_source(node: Node) -> Node:
     """What ``node`` is by nothing but scales, copies and a stop of gradients."""
     while True:
-        node = through_transparent(node)
-        scale = StreamScale().match(node)
-        if not isinstance(scale, Rejection):
-            node = scale.source
-        elif op_name(node) == "detach" and isinstance(node.args[0], Node):
-            node = node.args[0]
-        else:
+        *_, node = scaled_values(node)
+        if op_name(node) != "detach" or not isinstance(node.args[0], Node):
             return node
+        node = node.args[0]
 
 
 def _piece(adds: list[Node], root: Node, values: list[Node], ends: set[Node], *, is_stream: bool) -> Piece:

@@ -18,7 +18,8 @@ class GroupLayers(Pass):
 
     A layer is what the module tree says: the child of the owner that a branch's add ran in or, where
     the adds are in the owner itself, the child that computed the branch output. Without module
-    metadata it is the period of the graph: the shortest sequence of sublayers that repeats.
+    metadata, or where every sublayer is an attribute of its own, it is the period of the graph: the
+    shortest sequence of sublayers that repeats.
     """
 
     def call(self, module: GraphModule, stream: ResidualStream, config: AttnResConfig) -> StreamPlan:
@@ -53,7 +54,7 @@ class GroupLayers(Pass):
 def _layer_names(stream: ResidualStream) -> list[str]:
     names = [_child(stream.scope, module_stack((branch.adds or branch.steps)[-1].node)) for branch in stream.branches]
     if len(set(names) - {None}) < 2:
-        names = [_sublayer(stream, branch) for branch in stream.branches]
+        names = _joined(stream, [_sublayer(stream, branch) for branch in stream.branches])
     filled = _fill_gaps(names) if len(set(names) - {None}) > 1 else _by_period(stream)
     return _with_what_it_scales(stream, filled)
 
@@ -103,15 +104,26 @@ def _fill_gaps(names: Sequence[str | None]) -> list[str]:
     return filled
 
 
+def _joined(stream: ResidualStream, names: list[str | None]) -> list[str | None]:
+    """``names``, but of sublayers that are attributes, ``attn0`` and ``mlp0``, that of the first in each layer."""
+    in_list = any(part.isdigit() for name in names if name is not None for part in name.split("."))
+    if in_list or len(set(names)) < len(names):
+        return names
+    period = _period(stream)
+    return [names[i - i % period] for i in range(len(names))]
+
+
 def _by_period(stream: ResidualStream) -> list[str]:
+    period = _period(stream)
+    return [f"layer {i // period}" for i in range(len(stream.branches))]
+
+
+def _period(stream: ResidualStream) -> int:
+    """Length of the shortest sequence of sublayers that repeats; 1, where nothing does."""
     values = {stream.root, *(branch.value for branch in stream.branches)}
     signatures = [_signature(branch, values) for branch in stream.branches]
     count = len(signatures)
-    period = next(p for p in range(1, count + 1) if all(signatures[i] == signatures[i % p] for i in range(count)))
-    if period == count:
-        # Nothing repeats, so every branch stands for itself.
-        period = 1
-    return [f"layer {i // period}" for i in range(count)]
+    return next((p for p in range(1, count) if all(signatures[i] == signatures[i % p] for i in range(count))), 1)
 
 
 def _signature(branch: Branch, values: set[Node]) -> tuple[str, ...]:

@@ -8,7 +8,16 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
-from attnres_rewrite.graph import ALIASING, GraphBuilder, indices, is_float_tensor, op_name, require_tensor, same_shape
+from attnres_rewrite.graph import (
+    ALIASING,
+    GraphBuilder,
+    indices,
+    is_float_tensor,
+    memory_base,
+    op_name,
+    require_tensor,
+    same_shape,
+)
 from attnres_rewrite.passes.base import Pass, PostconditionError
 
 _OUT_OF_PLACE: dict[object, object] = {
@@ -79,9 +88,7 @@ def _overwritten(node: Node) -> Node | None:
 
 def _is_shared(value: Node, add: Node, index: dict[Node, int]) -> bool:
     """Whether something that may share memory with ``value`` is used after ``add``, under a name of its own."""
-    base = value
-    while op_name(base) in ALIASING and isinstance(base.args[0], Node):
-        base = base.args[0]
+    base = memory_base(value)
     if base.op in ("placeholder", "get_attr"):
         return True
     pending, seen = [base], {base}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import string
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 
 from torch import nn
 from torch.fx import Node
@@ -13,7 +13,7 @@ from torch.fx import Node
 from attnres_rewrite.graph import data_inputs, depends_on, is_float_tensor, op_name, require_tensor, submodule_of
 from attnres_rewrite.patterns.base import Rejection
 from attnres_rewrite.patterns.residual_add import ResidualAdd
-from attnres_rewrite.patterns.stream_scale import ScaleMatch, StreamScale
+from attnres_rewrite.patterns.stream_scale import scaled_values
 from attnres_rewrite.patterns.transparent import through_transparent
 
 _NORMS = frozenset("layer_norm rms_norm native_layer_norm group_norm batch_norm rsqrt std var".split())
@@ -38,6 +38,10 @@ GATED = (
 HYPER_CONNECTIONS = (
     "hyper-connections: several residual streams side by side are mixed by a matrix between the sublayers, "
     "so there is no one stream of branch outputs to attend over"
+)
+REVERSIBLE = (
+    "coupled streams: a second sum of branch outputs is carried from sublayer to sublayer within the branches of the "
+    "first, as in a reversible network, so neither is the one stream to attend over"
 )
 
 
@@ -157,7 +161,7 @@ class GatedStream:
     def match(self, add: Node, index: dict[Node, int]) -> GateMatch | Rejection:
         """The multiplication by the gate, if ``add`` adds a branch to a gated stream."""
         for operand, branch in _both_ways(add):
-            for product in _scaled_values(operand):
+            for product in scaled_values(operand):
                 factors = [n for n in product.args[:2] if isinstance(n, Node) and is_float_tensor(n)]
                 if op_name(product) != "mul" or len(factors) != 2:
                     continue
@@ -206,13 +210,6 @@ def _both_ways(add: Node) -> tuple[tuple[Node, Node], ...]:
     if isinstance(match, Rejection):
         return ()
     return (match.left, match.right), (match.right, match.left)
-
-
-def _scaled_values(node: Node) -> Iterator[Node]:
-    """``node`` without transparent operations, and what it is without one scale after another."""
-    yield (node := through_transparent(node))
-    while isinstance(match := StreamScale().match(node), ScaleMatch):
-        yield (node := through_transparent(match.source))
 
 
 def _is_wide(source: Node, mixed: Node) -> bool:
@@ -264,7 +261,7 @@ def explain_refusals(pieces: Sequence[Piece], rejected: Sequence[Node], index: d
     sure = [
         Rejection(GATED, gate.product)
         for gate in gates
-        if any(value in piece_of for value in _scaled_values(gate.stream))
+        if any(value in piece_of for value in scaled_values(gate.stream))
         or any(gate.holds(stream, index) for stream in streams)
     ]
     if streams:

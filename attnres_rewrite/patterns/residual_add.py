@@ -21,7 +21,6 @@ _ADD_FUNCTIONS = frozenset(
     }
 )
 _ADD_METHODS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
-_IN_PLACE = frozenset({operator.iadd, torch.ops.aten.add_.Tensor, "add_", "__iadd__"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +71,3 @@ def is_add(node: Node) -> bool:
     if node.op == "call_function":
         return node.target in _ADD_FUNCTIONS
     return node.op == "call_method" and node.target in _ADD_METHODS
-
-
-def is_in_place(node: Node) -> bool:
-    """Whether ``node`` is an add that overwrites its left operand."""
-    return node.op in ("call_function", "call_method") and node.target in _IN_PLACE

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Iterator
 
 import torch
 from torch.fx import Node
 
 from attnres_rewrite.graph import is_float_tensor, require_tensor, same_shape, tensor_of
 from attnres_rewrite.patterns.base import Rejection
+from attnres_rewrite.patterns.transparent import through_transparent
 
 _MUL = frozenset({operator.mul, operator.imul, torch.mul, torch.ops.aten.mul.Tensor, torch.ops.aten.mul.Scalar})
 _DIV = frozenset({operator.truediv, torch.div, torch.ops.aten.div.Tensor, torch.ops.aten.div.Scalar})
@@ -56,6 +58,13 @@ class StreamScale:
             if same_shape(before, after) and not _as_wide(factor, after):
                 return ScaleMatch(source, factor)
         return Rejection("no operand has the shape of the result", node)
+
+
+def scaled_values(node: Node) -> Iterator[Node]:
+    """``node`` without transparent operations, and what it is without one scale after another."""
+    yield (node := through_transparent(node))
+    while isinstance(match := StreamScale().match(node), ScaleMatch):
+        yield (node := through_transparent(match.source))
 
 
 def _as_wide(factor: object, result: torch.Tensor) -> bool:

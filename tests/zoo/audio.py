@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModel
 
 import attnres_rewrite as ar
-from zoo.member import Accepted, Member, Refused, Unbuildable, noise
+from zoo.member import Accepted, Member, Refused, Unbuildable, breaks, noise, post_norm
 from zoo.tiny import tiny_config
 
 Outcome = Accepted | Refused | Unbuildable
@@ -35,10 +35,6 @@ def sound(
 def frames(width: int) -> Callable[[int, int], tuple[int, ...]]:
     """The shape of features of one width, eight frames for every unit of length."""
     return lambda batch, length: (batch, 8 * length, width)
-
-
-def post_norm(line: str) -> Refused:
-    return Refused("post-norm", "post-norm: a norm sits on the residual stream itself", line)
 
 
 def whisper_like(name: str, kind: str, **overrides: Any) -> Member:
@@ -98,7 +94,7 @@ MEMBERS = [
         lambda batch, length: (batch, 1, 320 * length), num_filters=4, codebook_size=32
     ),
     sound(
-        "Mimi", "mimi", Refused("graph break", "", "modeling_mimi.py", ar.GraphBreakError),
+        "Mimi", "mimi", breaks("Data dependent operator", "modeling_mimi.py"),
         lambda batch, length: (batch, 1, 1920 * length), num_filters=4, upsample_groups=64, codebook_size=32,
         codebook_dim=16, vector_quantization_hidden_dimension=16
     ),

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import attnres_rewrite as ar
-from attnres_rewrite import _compat, api
-from attnres_rewrite.api import analyse_module
+from attnres_rewrite import _compat, api, pipeline
 from attnres_rewrite.capture import example_call
 from attnres_rewrite.pipeline import Analysis
 from zoo.member import Accepted, Inputs, Member, Refused, Unbuildable
@@ -80,12 +79,12 @@ def check_accepted(member: Member, expected: Accepted) -> None:
     analyses: list[Analysis] = []
 
     def analyse(*arguments: Any) -> Analysis:
-        analyses.append(analyse_module(*arguments))
+        analyses.append(pipeline.analyse(*arguments))
         return analyses[-1]
 
     # What rewrite() found, without the time that explain() would take to find it again; and without its rehearsal of
     # the first call, which is made below in any case.
-    with mock.patch.object(api, "analyse_module", analyse), mock.patch.object(api, "_rehearse"):
+    with mock.patch.object(api, "analyse", analyse), mock.patch.object(api, "_rehearse"):
         assert ar.rewrite(rewritten, config=CONFIG, example_inputs=inputs, backend=recorder) is rewritten
     check_structure(analyses[0], expected)
 

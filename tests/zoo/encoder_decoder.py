@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-import attnres_rewrite as ar
-from zoo.member import Accepted, Inputs, Member, Refused, Unbuildable, noise, token_ids
+from zoo.member import Accepted, Inputs, Member, Refused, Unbuildable, breaks, noise, post_norm, token_ids
 from zoo.tiny import tiny_config
 
 Outcome = Accepted | Refused | Unbuildable
@@ -72,14 +71,6 @@ def pages(batch: int, length: int) -> Inputs:
         "bbox": torch.full((batch, length, 4), 0.5),
         "decoder_input_ids": token_ids(batch, length - 2),
     }
-
-
-def post_norm(line: str) -> Refused:
-    return Refused("post-norm", "post-norm: a norm sits on the residual stream itself", line)
-
-
-def breaks(says: str, line: str) -> Refused:
-    return Refused("graph break", says, line, ar.GraphBreakError)
 
 
 # A decoder layer attends to itself, attends to the encoder, and feeds forward.

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-import attnres_rewrite as ar
-from zoo.member import Accepted, Inputs, Member, Refused, Unbuildable, noise, token_ids
+from zoo.member import Accepted, Inputs, Member, Refused, Unbuildable, breaks, changed, noise, post_norm, token_ids
 from zoo.tiny import tiny_config
 
 Outcome = Accepted | Refused | Unbuildable
@@ -43,19 +42,6 @@ def pages(name: str, kind: str, outcome: Outcome, **overrides: Any) -> Member:
 def series(name: str, kind: str, outcome: Outcome, **overrides: Any) -> Member:
     """An encoder of a number of variables over time."""
     return encoder(name, kind, outcome, lambda b, n: {"past_values": noise(b, 32, 3)}, **overrides)
-
-
-def post_norm(line: str) -> Refused:
-    return Refused("post-norm", "post-norm: a norm sits on the residual stream itself", line)
-
-
-def breaks(says: str, line: str) -> Refused:
-    return Refused("graph break", says, line, ar.GraphBreakError)
-
-
-# The norm's own code, not a torch norm, so that what is said is less specific.
-def own_norm(line: str) -> Refused:
-    return Refused("post-norm", "changed between its adds by something that is no scale", line)
 
 
 BERT_NORM = "hidden_states = self.LayerNorm(hidden_states + input_tensor)"
@@ -97,9 +83,10 @@ MEMBERS = [
     text("ALBERT", "albert", post_norm("self.LayerNorm(")),
     text("DistilBERT", "distilbert", post_norm("self.sa_layer_norm("), hidden_dim=96),
     text("MPNet", "mpnet", post_norm("self.LayerNorm(")),
-    text("DeBERTa", "deberta", own_norm("y = self.weight * hidden_states + self.bias")),
+    # The norms of these two are written by hand, so that what is said is less specific.
+    text("DeBERTa", "deberta", changed("post-norm", "y = self.weight * hidden_states + self.bias")),
     text("DeBERTa-v2", "deberta-v2", post_norm("self.LayerNorm(")),
-    text("I-BERT", "ibert", own_norm("x = x * self.weight + self.bias")),
+    text("I-BERT", "ibert", changed("post-norm", "x = x * self.weight + self.bias")),
     text("NomicBERT", "nomic_bert", post_norm("self.post_attention_layernorm(hidden_states)")),
     text("Jina-Embeddings-v3", "jina_embeddings_v3", post_norm("self.post_attention_layernorm(hidden_states)")),
     text("XLM", "xlm", post_norm("tensor = self.layer_norm1[i](tensor)")),
@@ -124,7 +111,7 @@ MEMBERS = [
     text(
         "Reformer",
         "reformer",
-        Refused("reversible", "", "hidden_states"),
+        Refused("reversible", "coupled streams", "attn_output = prev_attn_output + attn_output"),
         attn_layers=["local"] * 4,
         axial_pos_embds=False,
         is_decoder=False,

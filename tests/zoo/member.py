@@ -51,6 +51,25 @@ class Refused:
     line: str
     error: type[ar.AttnResError] = ar.UnsupportedResidualError
 
+    def __post_init__(self) -> None:
+        if not (self.reason and self.says and self.line):
+            raise ValueError(f"an empty expectation is met by any message: {self}")
+
+
+def post_norm(line: str) -> Refused:
+    """A norm on the stream itself."""
+    return Refused("post-norm", "post-norm: a norm sits on the residual stream itself", line)
+
+
+def breaks(says: str, line: str) -> Refused:
+    """A graph break between the layers."""
+    return Refused("graph break", says, line, ar.GraphBreakError)
+
+
+def changed(reason: str, line: str) -> Refused:
+    """The stream is not passed on as it is, and what changes it is no norm."""
+    return Refused(reason, "the residual stream is changed between its adds by something that is no scale", line)
+
 
 @dataclasses.dataclass(frozen=True)
 class Unbuildable:

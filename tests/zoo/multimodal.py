@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForImageTextToText
 
-import attnres_rewrite as ar
-from zoo.member import Accepted, Inputs, Member, Refused, Unbuildable, noise, token_ids
-from zoo.tiny import tiny_config
+from zoo.member import Accepted, Inputs, Member, Refused, Unbuildable, breaks, noise, post_norm, token_ids
+from zoo.tiny import nested, tiny_config
 
 Outcome = Accepted | Refused | Unbuildable
 IMAGE = 100
@@ -23,12 +22,6 @@ def two_towers(name: str, kind: str, outcome: Outcome, size: int = 16, **overrid
         return {"input_ids": token_ids(batch, length), "pixel_values": noise(batch, 3, size, size)}
 
     return Member(name, "multimodal", lambda: AutoModel.from_config(tiny_config(kind, **overrides)), inputs, outcome)
-
-
-def tower(kind: str, **overrides: Any) -> dict[str, Any]:
-    """The configuration of one tower."""
-    fields: dict[str, Any] = tiny_config(kind, **overrides).to_dict()
-    return fields
 
 
 def image_in_text(
@@ -78,17 +71,10 @@ def qwen(name: str, kind: str, outcome: Outcome, **vision: Any) -> Member:
     return Member(name, "multimodal", make, inputs, outcome)
 
 
-def post_norm(line: str) -> Refused:
-    return Refused("post-norm", "post-norm: a norm sits on the residual stream itself", line)
-
-
-def breaks(says: str, line: str) -> Refused:
-    return Refused("graph break", says, line, ar.GraphBreakError)
-
-
 TOWERS = Accepted({"vision_model.encoder": 8, "text_model.encoder": 8})
-# The two towers are in graphs of their own: a check of what is between them breaks the graph.
-TOWERS_APART = breaks("holds a whole residual stream", "torch._check_tensor_all(cond)")
+IMAGE_IN_TEXT = Accepted({"model.vision_tower.encoder": 8, "model.language_model": 8})
+# The vision tower makes lists of the sizes of the images, in every layer.
+LISTS_SIZES = breaks("Data dependent operator", "zip(grid_thw.tolist(), ")
 PADDING_IMAGES = breaks("holds a whole residual stream", "pixel_values[real_images_inds]")
 TOKENS = {"video_token_id": 101, "vision_start_token_id": 102, "vision_end_token_id": 103}
 
@@ -128,56 +114,58 @@ MEMBERS = [
     ),
     two_towers("ViLT", "vilt", Accepted({"encoder": 8}), **PATCHES),
     image_in_text(
-        "LLaVA", "llava", TOWERS_APART, vision_feature_layer=-1, image_token_index=IMAGE,
-        text_config=tower("llama"), vision_config=tower("clip_vision_model", **PATCHES)
+        "LLaVA", "llava", IMAGE_IN_TEXT, vision_feature_layer=-1, image_token_index=IMAGE,
+        text_config=nested("llama"), vision_config=nested("clip_vision_model", **PATCHES)
     ),
     image_in_text(
-        "PaliGemma", "paligemma", TOWERS_APART, image_token_index=IMAGE, projection_dim=64,
-        text_config=tower("gemma"), vision_config=tower("siglip_vision_model", **PATCHES)
+        "PaliGemma", "paligemma", IMAGE_IN_TEXT, image_token_index=IMAGE, projection_dim=64,
+        text_config=nested("gemma"), vision_config=nested("siglip_vision_model", **PATCHES)
     ),
     image_in_text(
-        "InternVL", "internvl", TOWERS_APART, image_token_id=IMAGE, text_config=tower("qwen2"),
-        vision_config=tower("internvl_vision", image_size=(16, 16), patch_size=(4, 4))
+        "InternVL", "internvl", IMAGE_IN_TEXT, image_token_id=IMAGE, text_config=nested("qwen2"),
+        vision_config=nested("internvl_vision", image_size=(16, 16), patch_size=(4, 4))
     ),
     image_in_text(
-        "Gemma 3", "gemma3", TOWERS_APART, image_token_id=IMAGE, mm_tokens_per_image=4,
-        extra=lambda b, ids: {"token_type_ids": (ids == IMAGE).long()}, text_config=tower("gemma3_text"),
-        vision_config=tower("siglip_vision_model", **PATCHES)
+        "Gemma 3", "gemma3", IMAGE_IN_TEXT, image_token_id=IMAGE, mm_tokens_per_image=4,
+        extra=lambda b, ids: {"token_type_ids": (ids == IMAGE).long()}, text_config=nested("gemma3_text"),
+        vision_config=nested("siglip_vision_model", **PATCHES)
     ),
     image_in_text(
         "Idefics3", "idefics3", PADDING_IMAGES, (1, 3, 16, 16),
-        image_token_id=IMAGE, scale_factor=2, text_config=tower("llama"),
-        vision_config=tower("idefics3_vision", image_size=16, patch_size=4)
+        image_token_id=IMAGE, scale_factor=2, text_config=nested("llama"),
+        vision_config=nested("idefics3_vision", image_size=16, patch_size=4)
     ),
     image_in_text(
         "SmolVLM", "smolvlm", PADDING_IMAGES, (1, 3, 16, 16),
-        image_token_id=IMAGE, scale_factor=2, text_config=tower("llama"),
-        vision_config=tower("smolvlm_vision", image_size=16, patch_size=4)
+        image_token_id=IMAGE, scale_factor=2, text_config=nested("llama"),
+        vision_config=nested("smolvlm_vision", image_size=16, patch_size=4)
     ),
     image_in_text(
-        "Aya Vision", "aya_vision", TOWERS_APART,
-        image_token_id=IMAGE, downsample_factor=2, text_config=tower("cohere2"),
-        vision_config=tower("siglip_vision_model", image_size=16, patch_size=4)
+        "Aya Vision", "aya_vision", Accepted({"model.vision_tower.encoder": 8, "model.language_model": 4}),
+        image_token_id=IMAGE, downsample_factor=2, text_config=nested("cohere2"),
+        vision_config=nested("siglip_vision_model", image_size=16, patch_size=4)
     ),
     image_in_text(
-        "Mistral 3", "mistral3", breaks("", "modeling_"),
+        "Mistral 3", "mistral3", breaks("Tensor.item()", "embed[..., : (size[0] // self.patch_size)"),
         extra=lambda b, ids: {"image_sizes": torch.tensor([[16, 16]] * b)}, image_token_index=IMAGE,
-        spatial_merge_size=2, vision_feature_layer=-1, text_config=tower("mistral"),
-        vision_config=tower("pixtral", image_size=16, patch_size=4)
+        spatial_merge_size=2, vision_feature_layer=-1, text_config=nested("mistral"),
+        vision_config=nested("pixtral", image_size=16, patch_size=4)
     ),
     image_in_text("GIT", "git", post_norm("self.LayerNorm(hidden_states + input_tensor)"), vision_config=PATCHES),
     image_in_text(
         "BLIP-2", "blip-2", post_norm("self.LayerNorm(hidden_states + input_tensor)"), image_token_id=IMAGE,
-        num_query_tokens=4, text_config=tower("opt"), vision_config={**PATCHES},
+        num_query_tokens=4, text_config=nested("opt"), vision_config={**PATCHES},
         qformer_config={"encoder_hidden_size": 64}
     ),
-    qwen("Qwen2-VL", "qwen2_vl", breaks("", "modeling_qwen2_vl.py"), embed_dim=64, hidden_size=64),
+    qwen("Qwen2-VL", "qwen2_vl", LISTS_SIZES, embed_dim=64, hidden_size=64),
     qwen(
-        "Qwen2.5-VL", "qwen2_5_vl", breaks("", "modeling_qwen2_5_vl.py"), hidden_size=64, out_hidden_size=64,
+        "Qwen2.5-VL", "qwen2_5_vl", LISTS_SIZES, hidden_size=64, out_hidden_size=64,
         fullatt_block_indexes=[1, 3], window_size=16
     ),
     qwen(
-        "Qwen3-VL", "qwen3_vl", breaks("", "modeling_qwen3_vl.py"), hidden_size=64, out_hidden_size=64,
+        "Qwen3-VL", "qwen3_vl",
+        breaks("Dynamic shape operator", "heights = torch.repeat_interleave(grid_thw[:, 1], counts)"),
+        hidden_size=64, out_hidden_size=64,
         deepstack_visual_indexes=[1, 2], num_position_embeddings=16
     ),
 ]

@@ -18,14 +18,17 @@ REPRESENTATIVE = {
     "causal language model-mixtral",
     "causal language model-zaya",
     "encoder-ModernBERT",
+    "encoder-Reformer",
     "vision-Swin",
     "audio-wav2vec2",
     "multimodal-CLIP",
+    "multimodal-LLaVA",
     "diffusers-diffusers DiT",
     "x-transformers-x-transformers scale_residual",
     "vit-pytorch-vit-pytorch SimpleViT with hyper-connections",
     "torch.nn-torch.nn.TransformerDecoder pre-norm",
     "hand-written-LayerScale and stochastic depth",
+    "hand-written-sublayers as attributes",
     "hand-written-gated by hand",
 }
 

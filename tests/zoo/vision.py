@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoModel, ResNetConfig
 
-from zoo.member import Accepted, Member, Refused, Unbuildable, noise
+from zoo.member import Accepted, Member, Refused, Unbuildable, changed, noise, post_norm
 from zoo.tiny import tiny_config
 
 Outcome = Accepted | Refused | Unbuildable
@@ -35,15 +35,6 @@ def video(name: str, kind: str, outcome: Outcome, key: str = "pixel_values", **o
 def stages(owner: str, branches: int = 4) -> Accepted:
     """Two stages of two layers each."""
     return Accepted({f"{owner}.0": branches, f"{owner}.1": branches}, layers=2)
-
-
-def changed(reason: str, line: str) -> Refused:
-    """The stream is not passed on as it is, and what changes it is no norm."""
-    return Refused(reason, "the residual stream is changed between its adds by something that is no scale", line)
-
-
-def post_norm(line: str) -> Refused:
-    return Refused("post-norm", "post-norm: a norm sits on the residual stream itself", line)
 
 
 BARE, ENCODER = Accepted({"": 8}), Accepted({"encoder": 8})
