@@ -57,7 +57,7 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m 'slow and not gpu' $(ARGS)
 
 zoo: $(STAMP)
-	$(BIN)/python -m pytest tests/zoo -n logical --maxprocesses 8 --dist worksteal -m 'not gpu' $(ARGS)
+	$(BIN)/python -m pytest tests/zoo -n logical --maxprocesses 8 --dist worksteal -p no:logging -m 'not gpu' $(ARGS)
 
 test-gpu:
 	@if "$(PYTHON)" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \

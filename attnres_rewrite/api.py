@@ -101,16 +101,18 @@ def _rewrite_live(
     known = {"mode", "options", "dynamic", "fullgraph"}
     if not set(compile_options) <= known:
         raise TypeError(f"rewrite got unknown options {sorted(set(compile_options) - known)}; known: {sorted(known)}")
-    captured = _capture_module(model, example_inputs)
-    analysis = analyse(captured.module, config)
+    captured = _capture_module(model, config, example_inputs)
+    analysis = analyse(captured.modules, config)
     owners = _owners(model, analysis)
     taken = {name for plans in owners.values() for name in (p.stream.owner for p in plans)}
     plain = tuple(name for name in analysis.found if name not in taken)
     mode, options = compile_options.pop("mode", None), compile_options.pop("options", None)
-    attnres = AttnResBackend(backend, mode=mode, options=options, plain_streams=plain)
+    # What breaks within a stream that is left plain by name runs in graphs that do not tell the names of modules.
+    anywhere = ("*",) if config.streams is not None and not captured.whole else ()
+    attnres = AttnResBackend(backend, mode=mode, options=options, plain_streams=(*plain, *anywhere))
     specs = [_spec(owner, plans, config, plain) for owner, plans in owners.items()]
     widths = [[p.stream.width for p in plans for _ in p.stream.branches] for plans in owners.values()]
-    install(model, specs, widths, LiveState(attnres, compile_options, scalars=captured.scalars))
+    install(model, specs, widths, LiveState(attnres, compile_options, scalars=captured.scalars, whole=captured.whole))
     try:
         _rehearse(model, example_call(model, example_inputs), scalars=captured.scalars)
     except BaseException:
@@ -131,10 +133,10 @@ def _rehearse(model: nn.Module, call: Call, *, scalars: bool) -> None:
 
 def analyse_module(model: nn.Module, config: AttnResConfig, example_inputs: ExampleInputs | None) -> Analysis:
     """The plan for an ``nn.Module``, which is captured and not changed."""
-    return analyse(_capture_module(model, example_inputs).module, config)
+    return analyse(_capture_module(model, config, example_inputs).modules, config)
 
 
-def _capture_module(model: nn.Module, example_inputs: ExampleInputs | None) -> Capture:
+def _capture_module(model: nn.Module, config: AttnResConfig, example_inputs: ExampleInputs | None) -> Capture:
     rewritten = [name for name, _ in live_forwards(model)]
     if rewritten:
         raise UnsupportedResidualError(
@@ -142,7 +144,7 @@ def _capture_module(model: nn.Module, example_inputs: ExampleInputs | None) -> C
             "them out, then it can be rewritten again"
         )
     with plain_residuals_wanted():
-        return capture(model, example_call(model, example_inputs))
+        return capture(model, example_call(model, example_inputs), config.streams)
 
 
 def _owners(model: nn.Module, analysis: Analysis) -> dict[str, list[StreamPlan]]:
@@ -184,9 +186,9 @@ def explain(
     config = resolve_config(blocks, config)
     parameters = sum(p.numel() for p in model.parameters())
     if isinstance(model, ExportedProgram):
-        return make_report(analyse(with_metadata(model.graph_module, None), config), config, parameters)
+        return make_report(analyse([with_metadata(model.graph_module, None)], config), config, parameters)
     if isinstance(model, GraphModule):
-        return make_report(analyse(with_metadata(model, example_inputs), config), config, parameters)
+        return make_report(analyse([with_metadata(model, example_inputs)], config), config, parameters)
     return make_report(analyse_module(model, config, example_inputs), config, parameters)
 
 

@@ -34,7 +34,8 @@ class AttnResBackend:
         mode: Inductor's mode, as in ``torch.compile(mode=...)``.
         options: Inductor's options, as in ``torch.compile(options=...)``; for another inner backend,
             passed to it as ``options=``.
-        plain_streams: Owner modules whose streams stay plain residuals on purpose.
+        plain_streams: Owner modules whose streams stay plain residuals on purpose; ``"*"`` are those of all
+            graphs without AttnRes parameters.
     """
 
     def __init__(
@@ -176,7 +177,7 @@ def _plans(module: GraphModule, anchor: Anchor, streams: list[ResidualStream]) -
 
 
 def _refuse_plain_streams(module: GraphModule, plain_streams: tuple[str, ...]) -> None:
-    if _plain_residuals_wanted.get():
+    if _plain_residuals_wanted.get() or "*" in plain_streams:
         return
     for stream in find_streams(module).streams:
         if any(stream.owner == name or stream.owner.endswith("." + name) for name in plain_streams):

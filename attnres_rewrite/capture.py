@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from attnres_rewrite import _compat
 from attnres_rewrite.errors import ExampleInputsError, GraphBreakError, NotRewrittenError
 from attnres_rewrite.graph import module_path, module_stack, normalise_path, source_line
+from attnres_rewrite.passes import StreamAnalysis
+from attnres_rewrite.patterns import through_transparent
 from attnres_rewrite.pipeline import find_streams
 
 ExampleInputs = Mapping[str, Any] | tuple[Any, ...] | torch.Tensor
@@ -97,23 +100,31 @@ class _Captured(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Capture:
-    """A graph, and how it was had.
+    """The graphs of a model that hold its residual streams, and how they were had.
 
     Attributes:
-        module: The graph.
-        scalars: Whether it is one graph only if ``tensor.item()`` and what is computed from it are taken into it;
+        modules: The graphs: one, or one for each of several towers between which the graph breaks.
+        whole: Whether the call is one graph.
+        scalars: Whether there is one graph only if ``tensor.item()`` and what is computed from it are taken into it;
             whoever runs the model must then do so too.
     """
 
-    module: GraphModule
+    modules: tuple[GraphModule, ...]
+    whole: bool = True
     scalars: bool = False
 
 
-def capture(model: nn.Module, call: Call) -> Capture:
+def capture(model: nn.Module, call: Call, streams: Sequence[str] | None = None) -> Capture:
     """The torch-level graph of ``model`` on ``call``, by Dynamo, on fake tensors: nothing is computed.
 
-    Where the call breaks into several graphs even with scalars taken into them, the one that holds the residual
+    Where the call breaks into several graphs even with scalars taken into them, those that hold residual
     streams; a model with breaks is run for real, under a copied random state.
+
+    Args:
+        model: What to capture.
+        call: What it is called with.
+        streams: The owners of the streams that are wanted, as in :class:`AttnResConfig`: the graph may break within
+            the others.
 
     Raises:
         GraphBreakError: A graph break lies between layers.
@@ -127,19 +138,19 @@ def capture(model: nn.Module, call: Call) -> Capture:
         )
 
     try:
-        return Capture(capture_whole(model, call))
+        return Capture((capture_whole(model, call),))
     except ExampleInputsError:
         raise
     except Exception:
         _run_plainly(model, call)
     try:
         # Once more: some models set themselves up in their first call, in ways that Dynamo cannot trace.
-        return Capture(capture_whole(model, call))
+        return Capture((capture_whole(model, call),))
     except _compat.graph_break_types() as error:
         # Not in the first place: what a user's own torch.compile takes for one graph should be one without it.
         with contextlib.suppress(Exception):
-            return Capture(capture_whole(model, call, scalars=True), scalars=True)
-        return Capture(_capture_around_breaks(model, call, error))
+            return Capture((capture_whole(model, call, scalars=True),), scalars=True)
+        return Capture(_capture_around_breaks(model, call, streams, error), whole=False)
     except Exception as error:
         raise GraphBreakError(f"Dynamo cannot trace {type(model).__name__}: {error}") from error
 
@@ -247,44 +258,105 @@ def _describe(call: Call) -> str:
     return f"({', '.join(named)})"
 
 
-def _capture_around_breaks(model: nn.Module, call: Call, error: BaseException) -> GraphModule:
-    # One entry a run, not a graph: layers that are alike and run one by one share a graph.
-    runs: list[tuple[GraphModule, tuple[Any, ...]]] = []
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Run:
+    """One run of one of the graphs of a call that breaks."""
+
+    module: GraphModule
+    arguments: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+    analysis: StreamAnalysis
+
+    def owners(self) -> list[str]:
+        """The owners of its streams."""
+        return [stream.owner for stream in self.analysis.streams]
+
+    def adds(self) -> list[Node]:
+        """An add of each of its streams, and those that are on none."""
+        return [*(stream.branches[0].adds[0].node for stream in self.analysis.streams), *self.analysis.lone]
+
+    def stream_values(self) -> list[Any]:
+        """The outputs that are values of a stream."""
+        steps = {s.node for stream in self.analysis.streams for branch in stream.branches for s in branch.steps}
+        nodes: Any = self.module.graph.output_node().args[0]
+        pairs = [(n, value) for n, value in zip(nodes, self.outputs, strict=True) if isinstance(n, Node)]
+        return [value for n, value in pairs if through_transparent(n) in steps]
+
+    def begins_with(self) -> list[Any]:
+        """The arguments that a stream begins with as they are."""
+        roots = {through_transparent(stream.root) for stream in self.analysis.streams}
+        placeholders = [node for node in self.module.graph.nodes if node.op == "placeholder"]
+        return [a for n, a in zip(placeholders, self.arguments, strict=True) if n in roots]
+
+
+def _capture_around_breaks(
+    model: nn.Module, call: Call, streams: Sequence[str] | None, error: BaseException
+) -> tuple[GraphModule, ...]:
+    runs = _runs(model, call)
+    whole = [run for run in runs if run.owners() and not any(_is_broken(run, other) for other in runs)]
+    breaks = f"the forward of {type(model).__name__} breaks into {len(runs)} graphs, and "
+    if not whole:
+        raise GraphBreakError(
+            f"{breaks}not one of them holds a whole residual stream, so none can be rewritten. Remove the graph "
+            f"break: {error}"
+        ) from error
+    owners = [owner for run in whole for owner in run.owners()]
+    for add in (add for run in runs if run not in whole for add in run.adds()):
+        if streams is None or any(_is_inside(module_path(add), owner) for owner in streams):
+            raise GraphBreakError(
+                f"{breaks}a residual stream is in several of them, with an add at {source_line(add)}, so it would "
+                f"stay plain. To leave it so, and rewrite what is whole, name that: AttnResConfig(streams="
+                f"{tuple(owners)}). Or remove the graph break: {error}"
+            ) from error
+    for owner in owners:
+        if streams is None or owner in streams:
+            _require_one_graph(model, owner, call)
+    return tuple(run.module for run in whole)
+
+
+def _is_broken(run: _Run, other: _Run) -> bool:
+    """Whether the break between ``run`` and ``other`` may lie within a stream of ``run``."""
+    if run is other:
+        return False
+    nested = any(_is_inside(a, b) or _is_inside(b, a) for a in run.owners() for b in other.owners())
+    return nested or _shares_layers(run.module, other.module) or _goes_on(run, other) or _goes_on(other, run)
+
+
+def _goes_on(run: _Run, later: _Run) -> bool:
+    """Whether a stream of ``later`` begins with a value of one of ``run``."""
+    ends = {id(value) for value in run.stream_values()}
+    return any(id(value) in ends for value in later.begins_with())
+
+
+def _is_inside(path: str, outer: str) -> bool:
+    return not outer or f"{path}.".startswith(f"{outer}.")
+
+
+def _runs(model: nn.Module, call: Call) -> list[_Run]:
+    """What is run of the graphs that ``call`` breaks into; layers that are alike share a graph, and run it in turn."""
+    recorded: list[tuple[GraphModule, tuple[Any, ...], tuple[Any, ...]]] = []
 
     def record(module: GraphModule, _: list[Any]) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
-            runs.append((module, arguments))
-            return module.forward(*arguments)
+            outputs = module.forward(*arguments)
+            recorded.append((module, arguments, outputs))
+            return outputs
 
         return run
 
     with _without_traces(model):
         call.run(compiled(model, record))
-    analyses = {module: find_streams(module) for module, _ in runs}
-    streams = {module: analysis.streams for module, analysis in analyses.items()}
-    found = [(module, arguments) for module, arguments in runs if streams[module]]
-    others = [module for module, _ in runs if not streams[module]]
-    if len(found) != 1 or any(_shares_layers(found[0][0], other) for other in others):
-        raise GraphBreakError(
-            f"the forward of {type(model).__name__} breaks into {len(runs)} graphs, and not one of them holds a "
-            f"whole residual stream, so none can be rewritten. Remove the graph break: {error}"
-        ) from error
-    for other in others:
-        if lone := analyses[other].lone:
-            raise GraphBreakError(
-                f"the forward of {type(model).__name__} breaks into {len(runs)} graphs, and a residual stream is in "
-                f"several of them, with an add at {source_line(lone[0])}, so it would stay plain. Remove the graph "
-                f"break: {error}"
-            ) from error
-    module, arguments = found[0]
-    prefix = _add_prefix(model, module, arguments)
-    for stream in streams[module]:
-        _require_one_graph(model, f"{prefix}.{stream.owner}".strip("."), call)
-    return module
+    runs = []
+    for module, arguments, outputs in recorded:
+        # A copy, because towers that are alike have names of their own in the graph that they share.
+        graph = GraphModule(module, copy.deepcopy(module.graph))
+        _add_prefix(model, graph, arguments)
+        runs.append(_Run(graph, arguments, outputs, find_streams(graph)))
+    return runs
 
 
-def _add_prefix(model: nn.Module, module: GraphModule, arguments: tuple[Any, ...]) -> str:
-    """Name the modules in a graph of one of the model's inner calls as the model does; returns what was added.
+def _add_prefix(model: nn.Module, module: GraphModule, arguments: tuple[Any, ...]) -> None:
+    """Name the modules in a graph of one of the model's inner calls as the model does.
 
     After a graph break Dynamo starts anew in some inner forward, and names modules relative to it. Which
     one it is can be told by the parameters that the graph is called with.
@@ -304,7 +376,6 @@ def _add_prefix(model: nn.Module, module: GraphModule, arguments: tuple[Any, ...
         node.meta["nn_module_stack"] = root | {
             key: (f"{prefix}.{normalise_path(path)}".strip("."), *kind) for key, (path, *kind) in stack.items()
         }
-    return prefix
 
 
 def _require_one_graph(model: nn.Module, owner: str, call: Call) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor, fx, nn
 
 from attnres_rewrite.api import require_live
 from attnres_rewrite.backend import AttnResBackend
-from attnres_rewrite.capture import ExampleInputs, compiled, example_call
+from attnres_rewrite.capture import ExampleInputs, example_call
 from attnres_rewrite.errors import GraphBreakError
 from attnres_rewrite.graph import carries_data, module_path
-from attnres_rewrite.live import captures_scalars
+from attnres_rewrite.live import run_through
 from attnres_rewrite.op import depth_weights
 from attnres_rewrite.passes import Site
 from attnres_rewrite.patterns import Transparent
@@ -125,7 +125,7 @@ def depth_attention(model: nn.Module, example_inputs: ExampleInputs | None = Non
     call = example_call(model, example_inputs)
     backend = _RecordingBackend()
     with torch.no_grad(), torch.random.fork_rng():
-        call.run(compiled(model, backend, scalars=captures_scalars(model)))
+        run_through(model, call.run, backend)
     return _table(list(backend.recorded.values()))
 
 

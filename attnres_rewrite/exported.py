@@ -29,7 +29,7 @@ def rewrite_exported(program: ExportedProgram, config: AttnResConfig) -> Exporte
     """
     module = GraphModule(program.graph_module, _compat.copy_graph(program.graph))
     module.meta.update(program.graph_module.meta)
-    analysis = analyse(module, config)
+    analysis = analyse([module], config)
     binder = _Binder(program, module, config)
     insert(module, analysis.plans, binder.parameters, config)
     return ExportedProgram(

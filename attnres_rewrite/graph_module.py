@@ -25,7 +25,7 @@ def rewrite_graph_module(
         UnsupportedResidualError, NoResidualStreamError, BlockPartitionError: As in ``rewrite``.
     """
     module = with_metadata(module, example_inputs)
-    analysis = analyse(module, config)
+    analysis = analyse([module], config)
     insert(module, analysis.plans, _SiteMaker(module, config).parameters, config)
     return module
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from attnres_rewrite import _compat
 from attnres_rewrite.anchor import AnchorSpec, not_rewritten_message
 from attnres_rewrite.backend import AttnResBackend
+from attnres_rewrite.capture import compiled
 from attnres_rewrite.errors import NotRewrittenError
 from attnres_rewrite.huggingface import install_output_hooks
 
@@ -90,13 +91,17 @@ class LiveState:
         backend: The one backend that compiles this model's graphs.
         options: Further options of ``torch.compile``.
         scalars: Whether the model is one graph only if ``tensor.item()`` is taken into it.
+        whole: Whether the model was captured as one graph.
     """
 
-    def __init__(self, backend: AttnResBackend, options: dict[str, Any], *, scalars: bool = False) -> None:
+    def __init__(
+        self, backend: AttnResBackend, options: dict[str, Any], *, scalars: bool = False, whole: bool = True
+    ) -> None:
         self.enabled = True
         self.backend = backend
         self.options = options
         self.scalars = scalars
+        self.whole = whole
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function``, compiled by the backend, with a cache of its own."""
@@ -215,9 +220,26 @@ def live_forwards(model: nn.Module) -> Iterator[tuple[str, LiveForward]]:
             yield name, forward
 
 
-def captures_scalars(model: nn.Module) -> bool:
-    """Whether ``model`` is one graph only if ``tensor.item()`` is taken into it."""
-    return any(forward.state.scalars for _, forward in live_forwards(model))
+def run_through(model: nn.Module, call: Callable[[Callable[..., Any]], Any], backend: AttnResBackend) -> Any:
+    """What ``call`` gives on the live ``model`` compiled by ``backend``.
+
+    Where the model is not one graph, every owner is compiled by itself: Dynamo's limit of recompilations is one for
+    all backends, and what lies between the breaks is the library's code, which other models share.
+    """
+    forwards = [forward for _, forward in live_forwards(model)]
+    state, root = forwards[0].state, model._compiled_call_impl
+    if state.whole:
+        return call(compiled(model, backend, scalars=state.scalars))
+    own, compiled_by_own = state.backend, [forward._compiled for forward in forwards]
+    try:
+        state.backend, model._compiled_call_impl = backend, None
+        for forward in forwards:
+            forward._compiled = None
+        return call(model)
+    finally:
+        state.backend, model._compiled_call_impl = own, root
+        for forward, before in zip(forwards, compiled_by_own, strict=True):
+            forward._compiled = before
 
 
 def install(model: nn.Module, specs: Sequence[AnchorSpec], widths: Sequence[Sequence[int]], state: LiveState) -> None:

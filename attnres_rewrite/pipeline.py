@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 from torch.fx import GraphModule
@@ -51,8 +52,12 @@ def find_streams(module: GraphModule) -> StreamAnalysis:
     return analysis
 
 
-def analyse(module: GraphModule, config: AttnResConfig) -> Analysis:
-    """Find the streams of ``module`` and group their layers into blocks.
+def analyse(modules: Sequence[GraphModule], config: AttnResConfig) -> Analysis:
+    """Find the streams of a model and group their layers into blocks.
+
+    Args:
+        modules: The graphs of the model, of which every one holds whole streams.
+        config: Which streams to take, and how to group.
 
     Raises:
         UnsupportedResidualError: The model already has AttnRes, or its residuals are of a refused kind.
@@ -60,18 +65,23 @@ def analyse(module: GraphModule, config: AttnResConfig) -> Analysis:
             configuration names holds one.
         BlockPartitionError: The layers of a stream cannot be grouped as the configuration asks.
     """
-    for node in module.graph.nodes:
+    for node in itertools.chain.from_iterable(module.graph.nodes for module in modules):
         if op_name(node) == "block_attn_res":
             raise UnsupportedResidualError(
                 f"the model already has Attention Residuals (at {source_line(node)}): "
                 "undo(model) takes them out, then it can be rewritten again"
             )
-    found = find_streams(module)
+    analyses = [find_streams(module) for module in modules]
+    found = StreamAnalysis(
+        streams=tuple(stream for analysis in analyses for stream in analysis.streams),
+        rejected=tuple(rejected for analysis in analyses for rejected in analysis.rejected),
+        refusals=tuple(refusal for analysis in analyses for refusal in analysis.refusals),
+    )
     for refusal in found.refusals:
         if not found.streams or _concerns(refusal, config.streams):
             raise _explained(refusal, found)
-    streams = selected(found.streams, config)
-    plans = tuple(GroupLayers()(module, stream, config) for stream in streams)
+    graph_of = {stream: module for module, a in zip(modules, analyses, strict=True) for stream in a.streams}
+    plans = tuple(GroupLayers()(graph_of[stream], stream, config) for stream in selected(found.streams, config))
     return Analysis(plans, tuple(stream.owner for stream in found.streams), found.rejected)
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from attnres_rewrite import _compat
 from attnres_rewrite.api import attnres_parameters, disabled, require_live
 from attnres_rewrite.backend import AttnResBackend
-from attnres_rewrite.capture import Call, ExampleInputs, compiled, example_call
+from attnres_rewrite.capture import Call, ExampleInputs, example_call
 from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.live import captures_scalars
+from attnres_rewrite.live import run_through
 from attnres_rewrite.passes import Site
 
 # Multiples of the dtype's epsilon. Two orders of summing some hundred terms differ by far less.
@@ -113,7 +113,7 @@ def verify(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ver
 
 def _outputs(model: nn.Module, call: Call, backend: AttnResBackend) -> list[Tensor]:
     with torch.random.fork_rng():
-        return _compat.tensors_in(call.run(compiled(model, backend, scalars=captures_scalars(model))))
+        return _compat.tensors_in(run_through(model, call.run, backend))
 
 
 def relative_difference(outputs: list[Tensor], references: list[Tensor]) -> float:

@@ -224,7 +224,7 @@ def run_pipeline(module: GraphModule, config: AttnResConfig) -> dict[str, float]
     gc.collect()
     with timed_passes() as seconds:
         start = time.perf_counter()
-        plans = analyse(module, config).plans
+        plans = analyse([module], config).plans
         analysed = time.perf_counter()
         assert len(plans) == 1, [plan.stream.owner for plan in plans]
         made = parameters_of(module, plans[0])

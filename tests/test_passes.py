@@ -53,7 +53,7 @@ X = embeddings()
 
 
 def by_dynamo(model: nn.Module) -> GraphModule:
-    return capture(model, Call((X,), {})).module
+    return capture(model, Call((X,), {})).modules[0]
 
 
 def by_export(model: nn.Module) -> GraphModule:

@@ -94,6 +94,79 @@ def test_towers_with_a_scalar_between_them_are_one_graph() -> None:
     assert relative_error(compiled(embeddings()), changed) < 1e-6
 
 
+class Broken(nn.Module):
+    """Towers of one class, between which the graph breaks; the second one's graph breaks in every layer as well."""
+
+    def __init__(self, *, inside: bool) -> None:
+        super().__init__()
+        self.first, self.second = Encoder(2), (BrokenEncoder if inside else Encoder)(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+class BrokenEncoder(Encoder):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            torch._dynamo.graph_break()
+        return self.norm(x)
+
+
+def test_towers_in_graphs_of_their_own_are_both_rewritten() -> None:
+    model = Broken(inside=False)
+    before = model(embeddings())
+    ar.rewrite(model, config=SUM, example_inputs=embeddings(), backend="eager")
+    assert [name for name, _ in ar.attnres_parameters(model)][::8] == [
+        "first.attn_res.0.query",
+        "second.attn_res.0.query",
+    ]
+    assert relative_error(model(embeddings()), before) < 1e-6
+    assert ar.verify(model, example_inputs=embeddings()).sites == 8
+    for tower in (model.first, model.second):
+        with torch.no_grad():
+            tower.attn_res[-1].query.normal_()
+        changed = model(embeddings())
+        assert relative_error(changed, before) > 1e-3
+        before = changed
+    assert len(ar.depth_attention(model, example_inputs=embeddings()).weights) == 8
+    ar.undo(model)
+    assert relative_error(model(embeddings()), Broken.forward(model, embeddings())) == 0
+
+
+def test_a_tower_that_breaks_inside_can_be_left_plain_by_name() -> None:
+    model = Broken(inside=True)
+    before = model(embeddings())
+    with pytest.raises(ar.GraphBreakError, match=r"AttnResConfig\(streams=\('first',\)\)"):
+        ar.rewrite(model, config=SUM, example_inputs=embeddings(), backend="eager")
+    config = ar.AttnResConfig(blocks=2, aggregation="sum", streams=("first",))
+    ar.rewrite(model, config=config, example_inputs=embeddings(), backend="eager")
+    assert {name.split(".")[0] for name, _ in ar.attnres_parameters(model)} == {"first"}
+    assert relative_error(model(embeddings()), before) < 1e-6
+    randomise_sites(model)
+    assert relative_error(model(embeddings()), before) > 1e-3
+
+
+def test_a_stream_that_goes_on_in_the_next_graph_is_refused() -> None:
+    class Stages(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (nn.ModuleList(Block() for _ in range(2)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.first:
+                x = block(x)
+            torch._dynamo.graph_break()
+            for block in self.second:
+                x = block(x)
+            return x
+
+    with pytest.raises(ar.GraphBreakError, match="not one of them holds a whole residual stream"):
+        ar.rewrite(Stages(), config=SUM, example_inputs=embeddings(), backend="eager")
+
+
 def test_reversible_layers_are_refused() -> None:
     class Reversible(Encoder):
         def forward(self, x: Tensor) -> Tensor:

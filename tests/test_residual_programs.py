@@ -315,7 +315,7 @@ def property_test(examples: int, spoil: str | None = None) -> Callable:
 def test_the_planted_stream_is_found(program: Program) -> None:
     body, model = build(program)
     module, run = traced(model), reference(body)
-    found = analyse(module, config_of(program))
+    found = analyse([module], config_of(program))
     check_plan(found, program)
     check_values(found, run)
 
@@ -362,14 +362,14 @@ def test_in_an_exported_program(program: Program) -> None:
     body, model = build(program)
     exported = torch.export.export(model, (X,))
     check_numbers(ar.rewrite(exported, config=config_of(program)), body, random=True)
-    check_plan(analyse(exported.graph_module, config_of(program)), program)
+    check_plan(analyse([exported.graph_module], config_of(program)), program)
 
 
 @property_test(4)
 def test_in_a_graph_of_dynamo(program: Program) -> None:
     torch._dynamo.reset()
     _, model = build(program)
-    check_plan(analyse(capture(model, Call((X,), {})).module, config_of(program)), program)
+    check_plan(analyse(capture(model, Call((X,), {})).modules, config_of(program)), program)
 
 
 @pytest.mark.parametrize("everywhere", [True, False])
@@ -396,6 +396,6 @@ def test_what_is_no_sum_of_branch_outputs_is_refused(kind: str, everywhere: bool
             else "gated stream|changed between its adds|post-norm"
         )
         with pytest.raises(ar.UnsupportedResidualError, match=reason):
-            analyse(traced(model), config_of(program))
+            analyse([traced(model)], config_of(program))
 
     refused()

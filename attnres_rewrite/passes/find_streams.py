@@ -308,8 +308,8 @@ class _Search:
             for add in self._shared
         ]
         certain += [Rejection(OVERWRITTEN, node) for stream in streams for node in self._overwriting(stream)]
-        certain += [Rejection(REVERSIBLE, root) for root in self._coupled(streams, pieces)]
         found = explain_refusals(pieces, list(self.rejected), self.index)
+        found += [Rejection(REVERSIBLE, root) for root in self._coupled(streams, pieces)]
         return [
             Refusal(module_path(r.node), UnsupportedResidualError(f"{r.reason} (at {source_line(r.node)})"))
             for r in (*certain, *found)

@@ -87,6 +87,7 @@ def check_accepted(member: Member, expected: Accepted) -> None:
     with mock.patch.object(api, "analyse", analyse), mock.patch.object(api, "_rehearse"):
         assert ar.rewrite(rewritten, config=CONFIG, example_inputs=inputs, backend=recorder) is rewritten
     check_structure(analyses[0], expected)
+    mark_changing_sizes(inputs, resized)
 
     with torch.no_grad():
         before = outputs(call(original, inputs))
@@ -159,6 +160,14 @@ def check_training(original: nn.Module, rewritten: nn.Module, inputs: Inputs, ex
     without = [name for name, p in sites if p.grad is None or not p.grad.abs().max() > 0]
     per_site = 2 if CONFIG.key_gain else 1
     assert len(without) == per_site * expected.idle, f"no gradient reaches {without}"
+
+
+def mark_changing_sizes(inputs: Inputs, resized: Inputs) -> None:
+    """Let Dynamo know which sizes will change, which it would else learn by a graph more for every member."""
+    for tensor, other in zip(_compat.tensors_in(inputs), _compat.tensors_in(resized), strict=True):
+        for dim in range(tensor.dim()):
+            if tensor.size(dim) != other.size(dim):
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 def in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:

@@ -75,7 +75,8 @@ TOWERS = Accepted({"vision_model.encoder": 8, "text_model.encoder": 8})
 IMAGE_IN_TEXT = Accepted({"model.vision_tower.encoder": 8, "model.language_model": 8})
 # The vision tower makes lists of the sizes of the images, in every layer.
 LISTS_SIZES = breaks("Data dependent operator", "zip(grid_thw.tolist(), ")
-PADDING_IMAGES = breaks("holds a whole residual stream", "pixel_values[real_images_inds]")
+# The towers are in graphs of their own: which images are padding is looked up between them.
+PADDING_IMAGES = Accepted({"model.vision_model.encoder": 8, "model.text_model": 8})
 TOKENS = {"video_token_id": 101, "vision_start_token_id": 102, "vision_end_token_id": 103}
 
 # fmt: off
