@@ -118,8 +118,10 @@ MEMBERS = [
         "LLaVA", "llava", IMAGE_IN_TEXT, vision_feature_layer=-1, image_token_index=IMAGE,
         text_config=nested("llama"), vision_config=nested("clip_vision_model", **PATCHES)
     ),
+    # Without token types its plain model gives other numbers under torch.compile than without.
     image_in_text(
         "PaliGemma", "paligemma", IMAGE_IN_TEXT, image_token_index=IMAGE, projection_dim=64,
+        extra=lambda b, ids: {"token_type_ids": (ids != IMAGE).long()},
         text_config=nested("gemma"), vision_config=nested("siglip_vision_model", **PATCHES)
     ),
     image_in_text(
