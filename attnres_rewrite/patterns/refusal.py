@@ -114,7 +114,7 @@ class PostNorm:
         """
         pending: list[tuple[Node, Node | None]] = [(root, None)]
         seen, found = {(root, False)}, []
-        while pending and len(seen) < 256:
+        while pending:
             node, norm = pending.pop()
             if node in ends:
                 found.append(Continuation(node, norm))

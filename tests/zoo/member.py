@@ -22,6 +22,7 @@ class Accepted:
         dtype: What the checks run in; float32 where the model does not run in float64.
         tolerance: Allowed relative error, where the model itself computes in a lower precision than ``dtype``.
         untrainable: What is said when the model is trained, where its own code cannot be captured then.
+        named: Whether the configuration names the owners in ``streams``, and leaves what else there is plain.
         idle: Number of sites whose read the model throws away, so that they get no gradient.
         sizes: Two (batch, length) pairs that it is run on.
     """
@@ -31,6 +32,7 @@ class Accepted:
     dtype: torch.dtype = torch.float64
     tolerance: float | None = None
     untrainable: str = ""
+    named: bool = False
     idle: int = 0
     sizes: tuple[tuple[int, int], tuple[int, int]] = ((2, 6), (3, 5))
 

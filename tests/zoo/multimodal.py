@@ -1,11 +1,13 @@
 """Models of Hugging Face with more than one kind of input: one stream per tower."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForImageTextToText
+from transformers.vision_utils import get_vision_position_ids
 
 from zoo.member import Accepted, Inputs, Member, Refused, Unbuildable, breaks, noise, post_norm, token_ids
 from zoo.tiny import nested, tiny_config
@@ -71,11 +73,40 @@ def qwen(name: str, kind: str, outcome: Outcome, **vision: Any) -> Member:
     return Member(name, "multimodal", make, inputs, outcome)
 
 
+def qwen_tower(name: str, kind: str, outcome: Outcome, **vision: Any) -> Member:
+    """The vision tower as a model of its own, with eager attention, and given what it makes from the grid."""
+    whole = qwen(name, kind, outcome, **vision)
+
+    def make() -> nn.Module:
+        tower = whole.make().model.visual
+        tower.set_attn_implementation("eager")
+        return tower
+
+    def inputs(batch: int, length: int) -> Inputs:
+        given = whole.inputs(batch, length)
+        grid = given["image_grid_thw"]
+        position_ids = get_vision_position_ids(grid, 2)
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32) * 16
+        return {
+            **{"hidden_states": given["pixel_values"], "grid_thw": grid},
+            **{"position_ids": position_ids, "cu_seqlens": cu_seqlens},
+        }
+
+    return dataclasses.replace(whole, make=make, inputs=inputs)
+
+
 TOWERS = Accepted({"vision_model.encoder": 8, "text_model.encoder": 8})
 IMAGE_IN_TEXT = Accepted({"model.vision_tower.encoder": 8, "model.language_model": 8})
 # The vision tower makes lists of the sizes of the images, in every layer.
 LISTS_SIZES = breaks("Data dependent operator", "zip(grid_thw.tolist(), ")
 # The towers are in graphs of their own: which images are padding is looked up between them.
+LANGUAGE_ALONE = Accepted({"model.language_model": 8}, named=True)
+QWEN2 = {"embed_dim": 64, "hidden_size": 64}
+QWEN2_5 = {"hidden_size": 64, "out_hidden_size": 64, "fullatt_block_indexes": [1, 3], "window_size": 16}
+QWEN3 = {
+    **{"hidden_size": 64, "out_hidden_size": 64},
+    **{"deepstack_visual_indexes": [1, 2], "num_position_embeddings": 16},
+}
 PADDING_IMAGES = Accepted({"model.vision_model.encoder": 8, "model.text_model": 8})
 TOKENS = {"video_token_id": 101, "vision_start_token_id": 102, "vision_end_token_id": 103}
 
@@ -160,16 +191,13 @@ MEMBERS = [
         num_query_tokens=4, text_config=nested("opt"), vision_config={**PATCHES},
         qformer_config={"encoder_hidden_size": 64}
     ),
-    qwen("Qwen2-VL", "qwen2_vl", LISTS_SIZES, embed_dim=64, hidden_size=64),
-    qwen(
-        "Qwen2.5-VL", "qwen2_5_vl", LISTS_SIZES, hidden_size=64, out_hidden_size=64,
-        fullatt_block_indexes=[1, 3], window_size=16
-    ),
+    qwen("Qwen2-VL", "qwen2_vl", LISTS_SIZES, **QWEN2),
+    qwen("Qwen2.5-VL", "qwen2_5_vl", LISTS_SIZES, **QWEN2_5),
     qwen(
         "Qwen3-VL", "qwen3_vl",
-        breaks("Dynamic shape operator", "heights = torch.repeat_interleave(grid_thw[:, 1], counts)"),
-        hidden_size=64, out_hidden_size=64,
-        deepstack_visual_indexes=[1, 2], num_position_embeddings=16
+        breaks("Dynamic shape operator", "heights = torch.repeat_interleave(grid_thw[:, 1], counts)"), **QWEN3
     ),
+    qwen("Qwen2-VL, its tower plain", "qwen2_vl", LANGUAGE_ALONE, **QWEN2),
+    qwen_tower("Qwen2-VL tower", "qwen2_vl", Accepted({"": 8}), **QWEN2),
 ]
 # fmt: on
