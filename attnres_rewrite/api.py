@@ -122,7 +122,12 @@ def _rewrite_live(
 
 
 def _rehearse(model: nn.Module, call: Call, *, scalars: bool) -> None:
-    """Rewrite the graph of the model's first call ahead of it, so that what would fail then fails now."""
+    """Rewrite the graph of the model's first call ahead of it, so that what would fail then fails now.
+
+    Not for a model on the meta device: it has no weights to be called with, and tracing a large one takes a minute.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return
     try:
         module = capture_whole(model, call, scalars=scalars)
     except _compat.graph_break_types():

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
@@ -100,7 +101,7 @@ class _Captured(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Capture:
-    """The graphs of a model that hold its residual streams, and how they were had.
+    """The graphs of a model that hold its residual streams, and how they were captured.
 
     Attributes:
         modules: The graphs: one, or one for each of several towers between which the graph breaks.
@@ -275,6 +276,13 @@ class _Run:
         """An add of each of its streams, and those that are on none."""
         return [*(stream.branches[0].adds[0].node for stream in self.analysis.streams), *self.analysis.lone]
 
+    @functools.cached_property
+    def layer_lists(self) -> set[str]:
+        """The lists of modules of which it runs a layer."""
+        paths = {path for node in self.module.graph.nodes for path in module_stack(node)}
+        return {path.rsplit(".", 1)[0] for path in paths if path.rsplit(".", 1)[-1].isdigit()}
+
+    @functools.cached_property
     def stream_values(self) -> list[Any]:
         """The outputs that are values of a stream."""
         steps = {s.node for stream in self.analysis.streams for branch in stream.branches for s in branch.steps}
@@ -282,6 +290,7 @@ class _Run:
         pairs = [(n, value) for n, value in zip(nodes, self.outputs, strict=True) if isinstance(n, Node)]
         return [value for n, value in pairs if through_transparent(n) in steps]
 
+    @functools.cached_property
     def begins_with(self) -> list[Any]:
         """The arguments that a stream begins with as they are."""
         roots = {through_transparent(stream.root) for stream in self.analysis.streams}
@@ -319,13 +328,13 @@ def _is_broken(run: _Run, other: _Run) -> bool:
     if run is other:
         return False
     nested = any(_is_inside(a, b) or _is_inside(b, a) for a in run.owners() for b in other.owners())
-    return nested or _shares_layers(run.module, other.module) or _goes_on(run, other) or _goes_on(other, run)
+    return nested or bool(run.layer_lists & other.layer_lists) or _goes_on(run, other) or _goes_on(other, run)
 
 
 def _goes_on(run: _Run, later: _Run) -> bool:
     """Whether a stream of ``later`` begins with a value of one of ``run``."""
-    ends = {id(value) for value in run.stream_values()}
-    return any(id(value) in ends for value in later.begins_with())
+    ends = {id(value) for value in run.stream_values}
+    return any(id(value) in ends for value in later.begins_with)
 
 
 def _is_inside(path: str, outer: str) -> bool:
@@ -346,22 +355,22 @@ def _runs(model: nn.Module, call: Call) -> list[_Run]:
 
     with _without_traces(model):
         call.run(compiled(model, record))
+    names = {id(parameter): name.rpartition(".")[0] for name, parameter in model.named_parameters()}
     runs = []
     for module, arguments, outputs in recorded:
         # A copy, because towers that are alike have names of their own in the graph that they share.
         graph = GraphModule(module, copy.deepcopy(module.graph))
-        _add_prefix(model, graph, arguments)
+        _add_prefix(model, graph, arguments, names)
         runs.append(_Run(graph, arguments, outputs, find_streams(graph)))
     return runs
 
 
-def _add_prefix(model: nn.Module, module: GraphModule, arguments: tuple[Any, ...]) -> None:
+def _add_prefix(model: nn.Module, module: GraphModule, arguments: tuple[Any, ...], names: Mapping[int, str]) -> None:
     """Name the modules in a graph of one of the model's inner calls as the model does.
 
     After a graph break Dynamo starts anew in some inner forward, and names modules relative to it. Which
-    one it is can be told by the parameters that the graph is called with.
+    one it is can be told by the parameters that the graph is called with: ``names`` has the modules of all, by id.
     """
-    names = {id(parameter): name.rpartition(".")[0] for name, parameter in model.named_parameters()}
     votes: collections.Counter[str] = collections.Counter()
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     for placeholder, argument in zip(placeholders, arguments, strict=True):
@@ -398,13 +407,3 @@ def _require_one_graph(model: nn.Module, owner: str, call: Call) -> None:
         del module.forward
         if before is not None:
             module.forward = before
-
-
-def _shares_layers(streams: GraphModule, other: GraphModule) -> bool:
-    """Whether ``other`` runs a layer of a list of modules whose layers also run in ``streams``."""
-    return bool(_lists(streams) & _lists(other))
-
-
-def _lists(module: GraphModule) -> set[str]:
-    paths = {path for node in module.graph.nodes for path in module_stack(node)}
-    return {path.rsplit(".", 1)[0] for path in paths if path.rsplit(".", 1)[-1].isdigit()}
