@@ -311,6 +311,7 @@ def property_test(examples: int, spoil: str | None = None) -> Callable:
     return lambda test: limits(given(programs(spoil))(test))
 
 
+@pytest.mark.slow
 @property_test(422)
 def test_the_planted_stream_is_found(program: Program) -> None:
     body, model = build(program)
