@@ -165,6 +165,7 @@ def loss_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor], int
     return loss.detach(), gradients, sum(kept.values())
 
 
+@pytest.mark.slow
 def test_checkpointed_training_of_a_hugging_face_model() -> None:
     """The same loss and gradients as without checkpoints, of the sites too, from less memory."""
     plain = prepared(llama(3), torch.float64).train()

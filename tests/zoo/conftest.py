@@ -1,20 +1,8 @@
 """Prints the table of the zoo after its tests."""
 
 import collections
-import gc
-from collections.abc import Iterator
 
 import pytest
-
-
-@pytest.fixture(autouse=True)
-def _one_collection() -> Iterator[None]:
-    """Garbage is collected between tests only: Dynamo's tracing, which is most of the time, makes a lot of it."""
-    gc.freeze()
-    gc.disable()
-    yield
-    gc.enable()
-    gc.collect()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -13,16 +13,13 @@ from zoo.members import MEMBERS, kind_of, table, totals
 
 # Of every family one or two; the rest is marked, and left to `make zoo`.
 REPRESENTATIVE = {
-    "causal language model-mamba2",
     "causal language model-minimax",
     "causal language model-mixtral",
-    "causal language model-zaya",
     "encoder-ModernBERT",
     "encoder-Reformer",
     "vision-Swin",
     "audio-wav2vec2",
     "multimodal-CLIP",
-    "multimodal-LLaVA",
     "diffusers-diffusers DiT",
     "x-transformers-x-transformers scale_residual",
     "vit-pytorch-vit-pytorch SimpleViT with hyper-connections",
