@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import NotRewrittenError
-from attnres_rewrite.graph import module_path
+from attnres_rewrite.graph import is_inside, module_path
 from attnres_rewrite.passes.insert_attnres import SiteParameters
 
 
@@ -127,11 +127,8 @@ class Anchor:
 
     def owns(self, owner: str, others: Sequence[str]) -> bool:
         """Whether the stream in module ``owner`` is this anchor's, given the paths of the other anchors."""
-
-        def contains(path: str) -> bool:
-            return not path or owner == path or owner.startswith(path + ".")
-
-        return contains(self.path) and not any(contains(o) and len(o) > len(self.path) for o in others)
+        nearer = (other for other in others if len(other) > len(self.path))
+        return is_inside(owner, self.path) and not any(is_inside(owner, other) for other in nearer)
 
 
 def anchors_of(module: GraphModule) -> list[Anchor]:

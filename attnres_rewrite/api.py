@@ -114,22 +114,23 @@ def _rewrite_live(
     widths = [[p.stream.width for p in plans for _ in p.stream.branches] for plans in owners.values()]
     install(model, specs, widths, LiveState(attnres, compile_options, scalars=captured.scalars, whole=captured.whole))
     try:
-        _rehearse(model, example_call(model, example_inputs), scalars=captured.scalars)
+        _rehearse(model, example_call(model, example_inputs), captured)
     except BaseException:
         uninstall(model)
         raise
     return model
 
 
-def _rehearse(model: nn.Module, call: Call, *, scalars: bool) -> None:
+def _rehearse(model: nn.Module, call: Call, captured: Capture) -> None:
     """Rewrite the graph of the model's first call ahead of it, so that what would fail then fails now.
 
-    Not for a model on the meta device: it has no weights to be called with, and tracing a large one takes a minute.
+    Not for a model that is known to break, outside its streams; nor for one on the meta device, which has no weights to
+    be called with.
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if not captured.whole or any(parameter.is_meta for parameter in model.parameters()):
         return
     try:
-        module = capture_whole(model, call, scalars=scalars)
+        module = capture_whole(model, call, scalars=captured.scalars)
     except _compat.graph_break_types():
         # Breaks outside the streams, which capture() found harmless.
         return

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from attnres_rewrite import _compat
 from attnres_rewrite.errors import ExampleInputsError, GraphBreakError, NotRewrittenError
-from attnres_rewrite.graph import module_path, module_stack, normalise_path, source_line
+from attnres_rewrite.graph import is_inside, module_path, module_stack, normalise_path, source_line
 from attnres_rewrite.passes import StreamAnalysis
 from attnres_rewrite.patterns import through_transparent
 from attnres_rewrite.pipeline import find_streams
@@ -311,7 +311,7 @@ def _capture_around_breaks(
         ) from error
     owners = [owner for run in whole for owner in run.owners()]
     for add in (add for run in runs if run not in whole for add in run.adds()):
-        if streams is None or any(_is_inside(module_path(add), owner) for owner in streams):
+        if streams is None or any(is_inside(module_path(add), owner) for owner in streams):
             raise GraphBreakError(
                 f"{breaks}a residual stream is in several of them, with an add at {source_line(add)}, so it would "
                 f"stay plain. To leave it so, and rewrite what is whole, name that: AttnResConfig(streams="
@@ -327,7 +327,7 @@ def _is_broken(run: _Run, other: _Run) -> bool:
     """Whether the break between ``run`` and ``other`` may lie within a stream of ``run``."""
     if run is other:
         return False
-    nested = any(_is_inside(a, b) or _is_inside(b, a) for a in run.owners() for b in other.owners())
+    nested = any(is_inside(a, b) or is_inside(b, a) for a in run.owners() for b in other.owners())
     return nested or bool(run.layer_lists & other.layer_lists) or _goes_on(run, other) or _goes_on(other, run)
 
 
@@ -335,10 +335,6 @@ def _goes_on(run: _Run, later: _Run) -> bool:
     """Whether a stream of ``later`` begins with a value of one of ``run``."""
     ends = {id(value) for value in run.stream_values}
     return any(id(value) in ends for value in later.begins_with)
-
-
-def _is_inside(path: str, outer: str) -> bool:
-    return not outer or f"{path}.".startswith(f"{outer}.")
 
 
 def _runs(model: nn.Module, call: Call) -> list[_Run]:

@@ -207,6 +207,11 @@ def _is_sequential(kind: object) -> bool:
     return issubclass(kind, torch.nn.Sequential) if isinstance(kind, type) else str(kind).endswith(".Sequential")
 
 
+def is_inside(path: str, outer: str) -> bool:
+    """Whether the module at ``path`` is the one at ``outer`` or within it; all are within the root, ``""``."""
+    return not outer or f"{path}.".startswith(f"{outer}.")
+
+
 def module_path(node: Node) -> str:
     """Normalised path of the innermost module whose forward ``node`` ran in; ``""`` for the root."""
     stack = module_stack(node)

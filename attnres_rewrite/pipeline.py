@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import AttnResError, NoResidualStreamError, UnsupportedResidualError
-from attnres_rewrite.graph import op_name, source_line
+from attnres_rewrite.graph import is_inside, op_name, source_line
 from attnres_rewrite.passes import (
     CheckRewrite,
     FindStreams,
@@ -102,7 +102,7 @@ def _explained(refusal: Refusal, found: StreamAnalysis) -> AttnResError:
 
 def _concerns(refusal: Refusal, owners: Sequence[str] | None) -> bool:
     """Whether what was refused may be a part of the streams in ``owners``; ``None`` means all."""
-    return owners is None or any(not owner or f"{refusal.module}.".startswith(f"{owner}.") for owner in owners)
+    return owners is None or any(is_inside(refusal.module, owner) for owner in owners)
 
 
 def selected(streams: Sequence[ResidualStream], config: AttnResConfig) -> list[ResidualStream]:

@@ -1,5 +1,6 @@
 """Tiny models for the tests, and the few helpers that every test of a whole model needs."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
@@ -250,6 +251,22 @@ def logits(output: object) -> Tensor:
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     assert isinstance(found, Tensor), type(output)
     return found
+
+
+@contextlib.contextmanager
+def activations_kept(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Within the context: bytes, by address, that autograd keeps for the backward pass beside the parameters."""
+    kept: dict[int, int] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

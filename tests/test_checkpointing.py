@@ -7,6 +7,7 @@ import torch
 from models import (
     VOCAB,
     Tower,
+    activations_kept,
     embeddings,
     llama,
     logits,
@@ -48,17 +49,8 @@ class CheckpointedTower(Tower):
 
 def train_step(model: nn.Module, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor], int]:
     """Loss, gradients, and how many bytes of activations were kept for the backward pass."""
-    kept: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     model.zero_grad()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with activations_kept(model) as kept:
         output = logits(model(inputs))
         loss = (output * torch.linspace(-1, 1, VOCAB, dtype=output.dtype)).square().mean()
     loss.backward()

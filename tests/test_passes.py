@@ -14,6 +14,7 @@ from models import (
     Block,
     Feed,
     Tower,
+    activations_kept,
     embeddings,
     export,
     llama,
@@ -147,18 +148,10 @@ def test_inline_regions_keeps_the_numbers() -> None:
 
 def loss_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor], int]:
     """Loss, gradients, and the bytes that the forward keeps for the backward."""
-    ids, kept = token_ids(2, 12), {}
-    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    ids = token_ids(2, 12)
     model.zero_grad()
     model(ids)  # Compiled before it is measured.
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with activations_kept(model) as kept:
         loss = nn.functional.cross_entropy(logits(model(ids)).flatten(0, 1), ids.flatten())
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
