@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Sequence
 from typing import cast
 
 import torch
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite import _compat
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.graph import require_tensor
-from attnres_rewrite.passes import SiteParameters
+from attnres_rewrite.passes import Site, SiteParameters
 from attnres_rewrite.pipeline import analyse, insert
 from attnres_rewrite.streams import StreamPlan
+
+_logger = logging.getLogger(__name__)
 
 
 def rewrite_exported(program: ExportedProgram, config: AttnResConfig) -> ExportedProgram:
@@ -31,18 +35,60 @@ def rewrite_exported(program: ExportedProgram, config: AttnResConfig) -> Exporte
     module.meta.update(program.graph_module.meta)
     analysis = analyse([module], config)
     binder = _Binder(program, module, config)
-    insert(module, analysis.plans, binder.parameters, config)
+    sites = insert(module, analysis.plans, binder.parameters, config)
     return ExportedProgram(
         root=module,
         graph=module.graph,
         graph_signature=binder.signature(),
         state_dict=binder.state,
         range_constraints=dict(program.range_constraints),
-        module_call_graph=list(program.module_call_graph),
+        module_call_graph=_module_calls(program, module, analysis.plans, sites),
         example_inputs=program.example_inputs,
-        constants=program.constants,
+        constants=dict(program.constants),
         verifiers=program.verifiers,
     )
+
+
+def _module_calls(
+    program: ExportedProgram, module: GraphModule, plans: Sequence[StreamPlan], sites: Sequence[Sequence[Site]]
+) -> list[ModuleCallEntry]:
+    """The module calls of ``program``; signatures that export was asked to preserve refer to the new graph.
+
+    Where a module took or returned a stream value, it now takes or returns what is read in its place. A module that
+    runs a part of a stream cannot keep its signature: the sums of the blocks go in and out of it too.
+    """
+    names = {node.name: node.name for node in module.graph.nodes}
+    split: set[str] = set()
+    for plan, inserted in zip(plans, sites, strict=True):
+        branches = plan.stream.branches
+        names |= {branch.value.name: site.read.name for branch, site in zip(branches, inserted, strict=True)}
+        calls = [_calls(node) for branch in branches for node in (branch.value, *(s.node for s in branch.steps))]
+        split |= set[str]().union(*calls) - calls[0].intersection(*calls)
+    entries = []
+    for entry in program.module_call_graph:
+        if (signature := entry.signature) is not None:
+            # Constants have no name.
+            named = {a.name for a in (*signature.inputs, *signature.outputs) if a.name}
+            kept = entry.fqn not in split and named <= names.keys()
+            signature = _renamed(signature, names) if kept else None
+            if not kept:
+                _logger.warning("module call signature of %r not preserved: a residual stream runs in it", entry.fqn)
+        entries.append(dataclasses.replace(entry, signature=signature))
+    return entries
+
+
+def _renamed(signature: ModuleCallSignature, names: dict[str, str]) -> ModuleCallSignature:
+    inputs, outputs = (
+        [dataclasses.replace(argument, name=names.get(argument.name, argument.name)) for argument in arguments]
+        for arguments in (signature.inputs, signature.outputs)
+    )
+    return dataclasses.replace(signature, inputs=inputs, outputs=outputs)
+
+
+def _calls(node: Node) -> set[str]:
+    """The module calls in which ``node`` ran, named as in a module call graph: ``layers.0``, then ``layers.0@1``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return {path + "".join(key.partition("@")[1:]) for key, (path, _) in stack.items()}
 
 
 class _Binder:
@@ -51,7 +97,10 @@ class _Binder:
     def __init__(self, program: ExportedProgram, module: GraphModule, config: AttnResConfig) -> None:
         self.program, self.module, self.config = program, module, config
         self.state = dict(program.state_dict)
-        self.specs = list(program.graph_signature.input_specs)
+        # Copies: a pass over the new program may rename what a specification refers to.
+        self.specs = [
+            dataclasses.replace(spec, arg=dataclasses.replace(spec.arg)) for spec in program.graph_signature.input_specs
+        ]
         self.placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
         self._sites: dict[str, int] = {}
         self._by_name = {spec.target: n for spec, n in zip(self.specs, self.placeholders, strict=True)}

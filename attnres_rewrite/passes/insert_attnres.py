@@ -32,6 +32,7 @@ class Site:
 
     Attributes:
         node: The ``block_attn_res`` node.
+        read: What is read in place of the stream value: ``node``, or a cast or view of it.
         sources: The nodes it attends over.
         parts: For every source, which terms it sums: 0 is the root b_0, k the k-th branch output f_k. A block is a
             run of branch outputs, so a range says it.
@@ -39,6 +40,7 @@ class Site:
     """
 
     node: Node
+    read: Node
     sources: tuple[Node, ...]
     parts: tuple[range, ...]
     has_partial: bool
@@ -161,7 +163,7 @@ class _Writer:
             node.replace_all_uses_with(shaped, delete_user_cb=lambda user: user not in _chain(shaped, node))
         for new in {node, shaped}:
             _compat.move_to_region(new, region)
-        return Site(node, tuple(sources), tuple(parts), self.partial is not None)
+        return Site(node, shaped, tuple(sources), tuple(parts), self.partial is not None)
 
     def _like(self, node: Node, dtype_of: Node, shape_of: Node) -> Node:
         """``node`` in the dtype of one node and the shape of another, with ops only where they differ."""
