@@ -12,7 +12,7 @@ import inspect
 import logging
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -191,6 +191,22 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> 
 def size_hint(size: torch.SymInt) -> int:
     """What a symbolic size was when it was traced."""
     return int(size.node.hint)
+
+
+def size_at(size: int | torch.SymInt, known: Mapping[str, int]) -> int:
+    """What ``size`` is where the symbols have the values in ``known``; the others have those of the trace."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    expression = size.node.expr
+    values = {symbol: known[str(symbol)] for symbol in expression.free_symbols if str(symbol) in known}
+    return int(expression.subs(values)) if len(values) == len(expression.free_symbols) else size_hint(size)
+
+
+def output_names(out_spec: Any) -> list[str]:
+    """A name for every output of a program: the keys of mappings, and positions elsewhere, joined by dots."""
+    tree = pytree.tree_unflatten([torch.empty(0)] * out_spec.num_leaves, out_spec)
+    paths, _ = pytree.tree_flatten_with_path(tree)
+    return [".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in paths]
 
 
 def is_jit_tracing() -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,21 +27,25 @@ class AnchorSpec:
 
     Attributes:
         owner: Name of the owner module in the model that was rewritten.
-        sites: Number of sites of each of its streams, in graph order.
-        blocks: Number of blocks of each, or ``"full"``.
+        blocks: For each of its streams, in graph order, the number of branch outputs in every block. Recorded, and not
+            found anew in every graph: what a graph says of the modules depends on how the model is called.
         config: The configuration of the rewrite.
         plain: Names of the owners whose streams the configuration leaves plain.
     """
 
     owner: str
-    sites: tuple[int, ...]
-    blocks: tuple[int | str, ...]
+    blocks: tuple[tuple[int, ...], ...]
     config: AttnResConfig
     plain: tuple[str, ...] = ()
 
+    @property
+    def sites(self) -> tuple[int, ...]:
+        """Number of sites of each stream: one for every branch output."""
+        return tuple(sum(sizes) for sizes in self.blocks)
+
     def to_json(self) -> str:
         """This specification as one line of JSON."""
-        fields = {"owner": self.owner, "sites": self.sites, "blocks": self.blocks, "plain": self.plain}
+        fields = {"owner": self.owner, "blocks": self.blocks, "plain": self.plain}
         return json.dumps({**fields, "config": self.config.to_json()})
 
     @classmethod
@@ -50,8 +53,8 @@ class AnchorSpec:
         """The specification that :meth:`to_json` wrote."""
         fields = json.loads(text)
         config = AttnResConfig.from_json(fields["config"])
-        sites, blocks, plain = (tuple(fields[key]) for key in ("sites", "blocks", "plain"))
-        return cls(fields["owner"], sites, blocks, config, plain)
+        blocks = tuple(tuple(sizes) for sizes in fields["blocks"])
+        return cls(fields["owner"], blocks, config, tuple(fields["plain"]))
 
 
 # The token is declared as mutated so that no compiler may drop the call: a compiler that does not know
@@ -105,11 +108,6 @@ class Anchor:
     def config(self) -> AttnResConfig:
         """The configuration of the rewrite."""
         return self.spec.config
-
-    def config_of(self, stream: int) -> AttnResConfig:
-        """The configuration for one of the owner's streams."""
-        blocks: Any = self.spec.blocks[stream]
-        return dataclasses.replace(self.config, blocks=blocks, streams=None)
 
     @property
     def plain_paths(self) -> set[str]:

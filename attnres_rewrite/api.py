@@ -173,9 +173,8 @@ def _owners(model: nn.Module, analysis: Analysis) -> dict[str, list[StreamPlan]]
 
 
 def _spec(owner: str, plans: list[StreamPlan], config: AttnResConfig, plain: tuple[str, ...]) -> AnchorSpec:
-    sites = tuple(len(plan.stream.branches) for plan in plans)
-    blocks = tuple(config.blocks_of(plan.stream.owner) for plan in plans)
-    return AnchorSpec(owner, sites, blocks, dataclasses.replace(config, blocks=1, streams=None), plain)
+    blocks = tuple(plan.block_sizes for plan in plans)
+    return AnchorSpec(owner, blocks, dataclasses.replace(config, blocks=1, streams=None), plain)
 
 
 def explain(

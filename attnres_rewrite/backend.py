@@ -14,7 +14,7 @@ from attnres_rewrite.anchor import Anchor, anchors_of
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import AttnResError, GraphBreakError, NotRewrittenError, UnsupportedResidualError
 from attnres_rewrite.graph import source_line
-from attnres_rewrite.passes import GroupLayers, Site, SiteParameters
+from attnres_rewrite.passes import Site, SiteParameters
 from attnres_rewrite.pipeline import find_streams, insert
 from attnres_rewrite.streams import ResidualStream, StreamPlan
 
@@ -124,7 +124,7 @@ def rewrite_captured(
     sites: list[Site] = []
     for anchor in anchors:
         others = [other.path for other in anchors if other is not anchor]
-        plans = _plans(module, anchor, [s for s in streams if anchor.owns(s.owner, others)])
+        plans = _plans(anchor, [s for s in streams if anchor.owns(s.owner, others)])
         parameters = iter(anchor.parameters)
 
         def take(plan: StreamPlan, parameters: Iterator[SiteParameters] = parameters) -> list[SiteParameters]:
@@ -160,7 +160,7 @@ def _refuse_unowned(anchors: list[Anchor], streams: list[ResidualStream]) -> Non
             )
 
 
-def _plans(module: GraphModule, anchor: Anchor, streams: list[ResidualStream]) -> list[StreamPlan]:
+def _plans(anchor: Anchor, streams: list[ResidualStream]) -> list[StreamPlan]:
     found = tuple(len(stream.branches) for stream in streams)
     if found != anchor.sites:
         last = f"; the last add seen is at {source_line(streams[-1].branches[-1].value)}" if streams else ""
@@ -172,8 +172,7 @@ def _plans(module: GraphModule, anchor: Anchor, streams: list[ResidualStream]) -
             "torch._dynamo.config.optimize_ddp = False), or torch.compile on single layers (compile the whole "
             "model instead)." + (f" Dynamo's last graph break: {broken}" if broken else "")
         )
-    configs = [anchor.config_of(i) for i in range(len(streams))]
-    return [GroupLayers()(module, s, c) for s, c in zip(streams, configs, strict=True)]
+    return [StreamPlan.recorded(s, sizes) for s, sizes in zip(streams, anchor.spec.blocks, strict=True)]
 
 
 def _refuse_plain_streams(module: GraphModule, plain_streams: tuple[str, ...]) -> None:

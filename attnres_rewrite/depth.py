@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from attnres_rewrite.api import require_live
 from attnres_rewrite.backend import AttnResBackend
 from attnres_rewrite.capture import ExampleInputs, example_call
-from attnres_rewrite.errors import GraphBreakError
+from attnres_rewrite.errors import GraphBreakError, MissingPackageError
 from attnres_rewrite.graph import carries_data, module_path
 from attnres_rewrite.live import run_through
 from attnres_rewrite.op import depth_weights
@@ -46,12 +46,12 @@ class DepthAttention:
         """Write a heatmap, sites by sources, to an image file.
 
         Raises:
-            ImportError: matplotlib is not installed (extra ``plot``).
+            MissingPackageError: matplotlib is not installed (extra ``plot``).
         """
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError("plotting needs matplotlib: pip install 'attnres-rewrite[plot]'") from error
+            raise MissingPackageError("plotting", "matplotlib", "plot") from error
         height = 1.2 + 0.24 * len(self.sites)
         figure = Figure(figsize=(3.5 + 0.55 * len(self.sources), height), layout="constrained")
         axes = figure.add_subplot()

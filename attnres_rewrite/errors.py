@@ -32,3 +32,10 @@ class BlockPartitionError(AttnResError, ValueError):
 
 class ExampleInputsError(AttnResError, ValueError):
     """The example inputs are missing, or the model does not run on them."""
+
+
+class MissingPackageError(AttnResError, ImportError):
+    """A package of an optional extra is not installed."""
+
+    def __init__(self, purpose: str, package: str, extra: str) -> None:
+        super().__init__(f"{purpose} needs {package}: pip install 'attnres-rewrite[{extra}]'")

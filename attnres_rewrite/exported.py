@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -14,39 +14,60 @@ from torch.fx import GraphModule, Node
 
 from attnres_rewrite import _compat
 from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.errors import GraphBreakError
 from attnres_rewrite.graph import require_tensor
 from attnres_rewrite.passes import Site, SiteParameters
 from attnres_rewrite.pipeline import analyse, insert
-from attnres_rewrite.streams import StreamPlan
+from attnres_rewrite.streams import ResidualStream, StreamPlan
 
 _logger = logging.getLogger(__name__)
 
 
-def rewrite_exported(program: ExportedProgram, config: AttnResConfig) -> ExportedProgram:
+def rewrite_exported(
+    program: ExportedProgram, config: AttnResConfig, recorded: Mapping[str, Sequence[int]] | None = None
+) -> ExportedProgram:
     """A new program with Block AttnRes; ``program`` is not changed.
 
     Parameters that are in the program already under the right names (as in the export of a rewritten
     module with AttnRes disabled) are taken; otherwise new ones are added, with query zero and gain one.
 
+    Args:
+        program: What to rewrite.
+        config: How.
+        recorded: For the streams of a model that was rewritten before, by owner: the number of branch outputs in every
+            block. Without it the layers are grouped as ``config`` says.
+
     Raises:
         UnsupportedResidualError, NoResidualStreamError, BlockPartitionError: As in ``rewrite``.
+        GraphBreakError: A recorded stream has another number of branch outputs in ``program``.
     """
     module = GraphModule(program.graph_module, _compat.copy_graph(program.graph))
     module.meta.update(program.graph_module.meta)
-    analysis = analyse([module], config)
+    plans = analyse([module], config).plans
+    if recorded is not None:
+        plans = tuple(_recorded(plan.stream, recorded[plan.stream.owner]) for plan in plans)
     binder = _Binder(program, module, config)
-    sites = insert(module, analysis.plans, binder.parameters, config)
+    sites = insert(module, plans, binder.parameters, config)
     return ExportedProgram(
         root=module,
         graph=module.graph,
         graph_signature=binder.signature(),
         state_dict=binder.state,
         range_constraints=dict(program.range_constraints),
-        module_call_graph=_module_calls(program, module, analysis.plans, sites),
+        module_call_graph=_module_calls(program, module, plans, sites),
         example_inputs=program.example_inputs,
         constants=dict(program.constants),
         verifiers=program.verifiers,
     )
+
+
+def _recorded(stream: ResidualStream, block_sizes: Sequence[int]) -> StreamPlan:
+    if len(stream.branches) != sum(block_sizes):
+        raise GraphBreakError(
+            f"module {stream.owner or '(root)'!r} was rewritten with {sum(block_sizes)} AttnRes sites, but its program "
+            f"has {len(stream.branches)} branch outputs: export it with the arguments that it was rewritten with"
+        )
+    return StreamPlan.recorded(stream, block_sizes)
 
 
 def _module_calls(

@@ -6,6 +6,7 @@ Frozen: an analysis writes these once, and the rewrite only reads them.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -77,7 +78,7 @@ class StreamPlan:
 
     Attributes:
         stream: The stream.
-        layers: Name of each layer, in order.
+        layers: Name of each layer, in order; none where the blocks are recorded, and not grouped from layers.
         layer_of: For every branch, the index of its layer.
         block_of: For every branch, the index of its block, from 0.
         sources: For every site (one per branch), the number of its sources.
@@ -87,6 +88,18 @@ class StreamPlan:
     layers: tuple[str, ...]
     layer_of: tuple[int, ...]
     block_of: tuple[int, ...]
+
+    @classmethod
+    def recorded(cls, stream: ResidualStream, block_sizes: Sequence[int]) -> StreamPlan:
+        """The plan for ``stream`` whose blocks were settled in another graph of the same model."""
+        block_of = tuple(block for block, size in enumerate(block_sizes) for _ in range(size))
+        assert len(block_of) == len(stream.branches)
+        return cls(stream, (), (), block_of)
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """Number of branches in every block."""
+        return tuple(len(list(branches)) for _, branches in itertools.groupby(self.block_of))
 
     @property
     def blocks(self) -> int:

@@ -189,3 +189,14 @@ def test_functional_call_of_a_graph_module() -> None:
     given = [p for pair in zip(queries, gains, strict=True) for p in pair]
     output = functional_call(module, {**dict(tower.named_parameters()), **dict(zip(sites, given, strict=True))}, (x,))
     assert relative_error(output, tower_by_hand(tower, x, queries, gains)) < 1e-12
+
+
+def test_a_forward_on_the_object_does_not_change_the_blocks() -> None:
+    # Libraries wrap the forward of an object and put the original back: then a graph tells other module paths.
+    model = randomise_sites(ar.rewrite(gpt2().eval(), blocks=3, backend="eager"))
+    example = {"input_ids": token_ids(), "use_cache": False}
+    expected, weights = model(**example).logits, ar.depth_attention(model, example).weights
+    model.forward = model.forward
+    torch._dynamo.reset()
+    torch.testing.assert_close(model(**example).logits, expected)
+    torch.testing.assert_close(ar.depth_attention(model, example).weights, weights, equal_nan=True)

@@ -1,0 +1,160 @@
+"""The check of an exported file: ONNX Runtime against PyTorch on inputs that nobody traced."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from attnres_rewrite import _compat
+from attnres_rewrite.capture import Call
+from attnres_rewrite.graph import tensor_of
+from attnres_rewrite.onnx.conversion import Conversion
+from attnres_rewrite.verification import relative_difference
+
+Sizes = tuple[int, ...]
+_ONNX_BFLOAT16 = 16
+
+
+def compare(conversion: Conversion, path: Path) -> dict[Sizes, float]:
+    """Largest differences between ONNX Runtime and PyTorch, relative to the largest value of each output.
+
+    Args:
+        conversion: What was exported, and what it is compared with.
+        path: The file.
+
+    Returns:
+        One entry for each of three choices of the dynamic sizes, none of them the example's. Where several execution
+        providers are at hand, the difference is the largest of theirs.
+    """
+    sessions = [_session(path, providers) for providers in _providers()]
+    generator = torch.Generator().manual_seed(0)
+    program, reference = conversion.program, conversion.reference
+    differences: dict[Sizes, float] = {}
+    for sizes in _sizes(program, reference.smallest):
+        fresh = reference.prepare(_fresh_call(program, conversion.call, sizes, generator))
+        # Copied, because the model may change its inputs: a cache, for example.
+        given = [tensor.detach().cpu().clone() for tensor in _compat.tensors_in((fresh.args, fresh.kwargs))]
+        named = dict(zip(conversion.inputs, given, strict=True))
+        with torch.no_grad():
+            expected = [tensor.cpu() for tensor in reference.run(fresh)]
+        differences[sizes] = max(relative_difference(run_session(s, named), expected) for s in sessions)
+    return differences
+
+
+def _providers() -> list[list[Any]]:
+    import onnxruntime
+
+    available: list[list[Any]] = [["CPUExecutionProvider"]]
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and torch.cuda.is_available():
+        # TensorFloat-32 has ten bits, far fewer than a comparison in float32 needs.
+        available.append([("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"])
+    return available
+
+
+def _session(path: Path, providers: list[Any]) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=providers)
+
+
+def run_session(session: Any, given: Mapping[str, Tensor]) -> list[Tensor]:
+    """The outputs of an ONNX Runtime session; of what is ``given``, it takes what it reads."""
+    values = {read.name: _to_ort(given[read.name]) for read in session.get_inputs()}
+    names = [output.name for output in session.get_outputs()]
+    return [_from_ort(value) for value in session.run_with_ort_values(names, values)]
+
+
+def _to_ort(tensor: Tensor) -> Any:
+    import onnxruntime
+
+    if tensor.dtype != torch.bfloat16:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy())
+    # NumPy has no bfloat16, so its bits are handed over.
+    bits = tensor.contiguous().view(torch.uint16).numpy()
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _ONNX_BFLOAT16)
+
+
+def _from_ort(value: Any) -> Tensor:
+    if value.element_type() == _ONNX_BFLOAT16:
+        return torch.utils.dlpack.from_dlpack(value)
+    return torch.from_numpy(value.numpy())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Symbol:
+    """A dynamic size of the inputs: its name, dimension, size when traced, and the smallest allowed."""
+
+    name: str
+    kind: str
+    hint: int
+    smallest: int
+
+
+# For every kind of size, three that were not traced.
+_CHANGES: dict[str, tuple[Callable[[int], int], ...]] = {
+    "batch": (lambda n: n + 1, lambda n: n + 2, lambda n: n - 1),
+    "length": (lambda n: n - 1, lambda n: n // 2, lambda n: n + 1),
+    # A long prompt into an empty cache comes second.
+    "new": (lambda n: n - 1, lambda n: n + 3, lambda n: n + 1),
+    "past": (lambda n: n - 1, lambda n: 0, lambda n: n + 1),
+}
+
+
+def _sizes(program: ExportedProgram, smallest: int) -> list[Sizes]:
+    """Sizes to try, one entry for every dynamic dimension; inputs that were equally long stay so."""
+    symbols = _symbols(program, smallest)
+    if not symbols:
+        return [()]
+    return [tuple(max(s.smallest, _CHANGES[s.kind][i](s.hint)) for s in symbols) for i in range(3)]
+
+
+def _symbols(program: ExportedProgram, smallest: int) -> list[_Symbol]:
+    ranges = {str(symbol): int(bounds.lower) for symbol, bounds in program.range_constraints.items()}
+    found: dict[str, tuple[int, int, int]] = {}
+    for shape in _input_shapes(program):
+        for dim, size in enumerate(shape):
+            if isinstance(size, torch.SymInt) and str(size) in ranges:
+                found.setdefault(str(size), (dim, len(shape), _compat.size_hint(size)))
+    cached = any(dim > 1 and rank == 4 for dim, rank, _ in found.values()) and len(found) > 2
+    symbols = []
+    for name, (dim, _, hint) in found.items():
+        kind = "batch" if dim == 0 else ("past" if dim > 1 else "new") if cached else "length"
+        lowest = 0 if kind == "past" else smallest if ranges[name] <= 2 else ranges[name]
+        symbols.append(_Symbol(name, kind, hint, lowest))
+    return symbols
+
+
+def _input_shapes(program: ExportedProgram) -> list[tuple[int | torch.SymInt, ...]]:
+    users = set(program.graph_signature.user_inputs)
+    nodes = (n for n in program.graph.nodes if n.op == "placeholder" and n.name in users)
+    return [tuple(value.shape) for n in nodes if (value := tensor_of(n)) is not None]
+
+
+def _fresh_call(program: ExportedProgram, call: Call, sizes: Sizes, generator: torch.Generator) -> Call:
+    """``call`` with random tensors of other sizes, drawn from the values that the example has."""
+    known = {symbol.name: value for symbol, value in zip(_symbols(program, 1), sizes, strict=True)}
+    shapes = iter(_input_shapes(program))
+
+    def fresh(example: Tensor) -> Tensor:
+        shape = [_compat.size_at(dim, known) for dim in next(shapes)]
+        if example.is_floating_point():
+            noise = torch.randn(shape, generator=generator)
+            return (noise * example.float().std().cpu() + example.float().mean().cpu()).to(example)
+        values = example.flatten()
+        picks = torch.randint(values.numel(), shape, generator=generator)
+        drawn = values[picks.to(values.device)]
+        if values.min() >= 0 and values.max() <= 1 and drawn.dim() > 1:
+            # Perhaps a mask of padding: no sequence is all padding.
+            drawn[..., -1] = 1
+            drawn[..., 0] = 1
+        return drawn
+
+    return Call(*_compat.map_tensors(fresh, (call.args, call.kwargs)))

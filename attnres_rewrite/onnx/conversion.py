@@ -1,0 +1,173 @@
+"""From a rewritten program to an ONNX model: sites as function calls, names, metadata."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from attnres_rewrite import _compat
+from attnres_rewrite.capture import Call
+from attnres_rewrite.errors import AttnResError
+from attnres_rewrite.onnx import function
+
+if TYPE_CHECKING:
+    from onnxscript import ir
+
+
+class OnnxExportError(AttnResError):
+    """The model could not be exported, or ONNX Runtime computes something else than PyTorch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The PyTorch model that an exported file is compared with.
+
+    Attributes:
+        run: The outputs in a call, in the order of the program's.
+        prepare: Makes random inputs consistent with one another, where a model needs that.
+        smallest: Smallest size of a dynamic dimension that ``run`` takes. Programs are traced for sizes of at least
+            two, and exported files are used with one as well.
+    """
+
+    run: Callable[[Call], list[Tensor]]
+    prepare: Callable[[Call], Call] = lambda call: call
+    smallest: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """An ONNX model in memory and where it came from.
+
+    Attributes:
+        program: The rewritten program.
+        model: The ONNX model made from it.
+        call: The example inputs that the program was traced with.
+        inputs: The name in ``model`` of every tensor of ``call``, in order.
+        reference: What ``model`` is compared with.
+    """
+
+    program: ExportedProgram
+    model: ir.Model
+    call: Call
+    inputs: Sequence[str]
+    reference: Reference
+
+
+def convert(program: ExportedProgram, opset_version: int) -> ir.Model:
+    """The ONNX model of a rewritten ``program``, with every site a call of a function that is not yet defined.
+
+    Raises:
+        OnnxExportError: The exporter failed.
+    """
+    try:
+        exported = torch.onnx.export(
+            function.with_calls(program), (), dynamo=True, opset_version=opset_version, optimize=True, verbose=False
+        )
+    except Exception as error:
+        raise OnnxExportError(f"torch.onnx.export failed: {error}") from error
+    assert exported is not None
+    model: ir.Model = exported.model
+    for value, name in zip(model.graph.outputs, _output_names(program), strict=True):
+        value.name = name
+    return model
+
+
+def _output_names(program: ExportedProgram) -> list[str]:
+    names = _compat.output_names(program.call_spec.out_spec)
+    # An output that is not in a mapping has only a position.
+    return ["output" if not name else f"output_{name}" if name.isdecimal() else name for name in names]
+
+
+def finish(conversion: Conversion, functions: bool, version: str) -> None:
+    """Define the function of the sites in the model, or expand it; and give names and metadata to what is there."""
+    from onnx_ir.passes import common
+
+    model, program = conversion.model, conversion.program
+    opset_version = model.opset_imports[""]
+    function.define(model, program, opset_version)
+    _give_caches_every_batch(model)
+    _name_folded_weights(model, program)
+    sites = function.sites_of(program)
+    owners = sorted({site.owner for site in sites})
+    sources = {owner: [site.sources for site in sites if site.owner == owner] for owner in owners}
+    # The last read of a stream has all block summaries, and the root.
+    blocks = {owner: max(counts) - 1 for owner, counts in sources.items()}
+    model.metadata_props.update(
+        {
+            "attnres.version": version,
+            "attnres.blocks": json.dumps(blocks),
+            "attnres.sources_per_site": json.dumps(sources),
+        }
+    )
+    model.producer_name, model.producer_version = "attnres_rewrite", version
+    if not functions:
+        common.InlinePass()(model)
+        model.opset_imports.pop(function.DOMAIN, None)
+
+
+def _give_caches_every_batch(model: ir.Model) -> None:
+    """Repeat rotary caches of batch one for every sequence of the batch.
+
+    The exporter fuses rotary embeddings also where all sequences share their positions, and leaves the caches at batch
+    one, while the operator asks for the batch of its input (ONNX, RotaryEmbedding-23).
+    """
+    from onnxscript import ir
+
+    batched: dict[tuple[object, ...], ir.Value] = {}
+    for node in list(model.graph):
+        if node.op_type != "RotaryEmbedding" or node.domain or len(node.inputs) != 3:
+            continue
+        x = node.inputs[0]
+        for position in (1, 2):
+            cache = node.inputs[position]
+            wave = cache.producer() if cache is not None else None
+            angle = wave.inputs[0] if wave is not None and wave.op_type in ("Cos", "Sin") else None
+            if wave is None or angle is None or angle.shape is None or angle.shape[0] != 1 or not (x and x.shape):
+                continue
+            key = (wave.op_type, angle.name, str(x.shape[0]))
+            if key not in batched:
+                ones = ir.node("Constant", [], {"value_ints": [1, 1]})
+                batch = ir.node("Shape", [x], {"start": 0, "end": 1})
+                shape = ir.node("Concat", [batch.outputs[0], ones.outputs[0]], {"axis": 0})
+                expand = ir.node("Expand", [cache, shape.outputs[0]])
+                model.graph.insert_before(node, [ones, batch, shape, expand])
+                batched[key] = expand.outputs[0]
+            node.replace_input_with(position, batched[key])
+
+
+def _name_folded_weights(model: ir.Model, program: ExportedProgram) -> None:
+    """Name the transposes of small weights, which the exporter folds, after the weights."""
+    initializers = model.graph.initializers
+    transposed = {}
+    for name, value in program.state_dict.items():
+        if name not in initializers and value.dim() == 2:
+            transposed[
+                tuple(value.t().shape), value.detach().t().contiguous().cpu().view(torch.uint8).numpy().tobytes()
+            ] = name
+    for value in list(initializers.values()):
+        tensor = value.const_value
+        if tensor is None or value.name in program.state_dict or len(tensor.shape) != 2:
+            continue
+        name = transposed.pop((tuple(tensor.shape.numpy()), tensor.tobytes()), None)
+        if name is not None:
+            value.name = f"{name}.transposed"
+
+
+_CACHE = re.compile(r"(?:input\.|output\.)?past_key_values\.layers\.(\d+)\.(\w+)")
+_SINGULAR = {"keys": "key", "values": "value"}
+
+
+def cache_name(name: str, kind: str) -> str:
+    """The customary name of an input (``kind`` "past_key_values") or output ("present") that belongs to a cache."""
+    match = _CACHE.fullmatch(name)
+    if match is None:
+        return name
+    layer, part = match.groups()
+    return f"{kind}.{layer}.{_SINGULAR.get(part, part)}"

@@ -1,0 +1,336 @@
+"""``export_onnx``: trace, convert, check against ONNX Runtime, and only then give the file its name."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
+
+from attnres_rewrite import _compat
+from attnres_rewrite.anchor import AnchorSpec
+from attnres_rewrite.api import disabled, require_live
+from attnres_rewrite.backend import AttnResBackend
+from attnres_rewrite.capture import Call, ExampleInputs, example_call
+from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.errors import AttnResError, MissingPackageError
+from attnres_rewrite.exported import rewrite_exported
+from attnres_rewrite.live import run_through
+from attnres_rewrite.onnx import function, huggingface
+from attnres_rewrite.onnx.comparison import compare
+from attnres_rewrite.onnx.conversion import Conversion, OnnxExportError, Reference, convert, finish
+
+if TYPE_CHECKING:
+    from onnxscript import ir
+
+# Relative differences that sums in another order explain, by the dtype of the outputs.
+_TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_SUPPORTED = {
+    *_TOLERANCES,
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+}
+# A protobuf message holds at most 2 GiB; what is not weights takes a part of it.
+_LARGEST_FILE = 1_900_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxExport:
+    """The result of :func:`export_onnx`.
+
+    Attributes:
+        path: The file written.
+        max_difference: Largest difference between ONNX Runtime and PyTorch on fresh inputs, relative to
+            the largest value of the output.
+        differences: The same for every choice of the dynamic sizes (batch and sequence; with a cache also the length
+            of what it holds) that was tried.
+        sites: Number of AttnRes sites in the model.
+        inputs: Names of the inputs.
+        outputs: Names of the outputs.
+    """
+
+    path: Path
+    max_difference: float
+    differences: dict[tuple[int, ...], float]
+    sites: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def export_onnx(
+    model: nn.Module | ExportedProgram,
+    path: str | os.PathLike[str],
+    example_inputs: ExampleInputs | None = None,
+    *,
+    use_cache: bool = False,
+    dynamic_shapes: Any = None,
+    opset_version: int = 23,
+    functions: bool = True,
+    ort_fusions: Literal["cpu", "cuda", "webgpu", "dml"] | None = None,
+    tolerance: float | None = None,
+) -> OnnxExport:
+    """Export a rewritten model to ONNX and compare it with PyTorch in ONNX Runtime.
+
+    The model is exported in eval mode. Every site is one node ``attnres::BlockAttnRes``, a function whose body is in
+    the file, so that any ONNX runtime can expand it. The comparison runs on fresh random inputs of three other batch
+    and sequence sizes than the example's. The file appears under ``path`` only if it passes, also ``onnx.checker``;
+    after an error the model and what was at ``path`` are as they were.
+
+    Hugging Face models are exported through ``transformers.exporters``, where transformers has it (tested with 5.17
+    and 5.23).
+
+    Args:
+        model: A rewritten ``nn.Module``, ``ExportedProgram`` or ``GraphModule``.
+        path: The file to write. Weights beyond ONNX's limit of 2 GB go to a file beside it, ``<path>.data``.
+        example_inputs: Tensors that the model runs on, as for :func:`attnres_rewrite.rewrite`. A ``GraphModule`` needs
+            them; an ``ExportedProgram`` has its own.
+        use_cache: For Hugging Face models that generate: the graph goes on from a key-value cache. Its inputs are then
+            ``input_ids`` ``[B, T]``, ``position_ids`` ``[B, T]``, where the example has one ``attention_mask``
+            ``[B, P + T]``, and ``past_key_values.<layer>.key`` and ``.value`` ``[B, heads, P, head size]``; its
+            outputs ``logits`` ``[B, T, vocabulary]`` and ``present.<layer>.key`` and ``.value``. P may be zero, which
+            is a prompt, and T one, which is a step of generation.
+        dynamic_shapes: As for ``torch.export.export``. By default the first two dimensions (batch and
+            sequence) of every integer input, and the first of every other, are dynamic, and with a cache whatever the
+            model leaves open. Ignored for an ``ExportedProgram``, which has its own.
+        opset_version: ONNX opset; norms are single nodes from 23 on.
+        functions: Whether a site is a call of a function; otherwise its operators stand in the graph.
+        ort_fusions: Fuse attention, rotary embeddings and norms into operators that only ONNX Runtime has, for this
+            execution provider. For Hugging Face models.
+        tolerance: Largest relative difference that is accepted. Default: 1e-4, 2e-2 in float16, 1e-1 in bfloat16.
+
+    Raises:
+        OnnxExportError: The path cannot be written, the model has a dtype that ONNX lacks, torch.export or the ONNX
+            exporter failed, or the comparison exceeds ``tolerance``.
+        AttnResError: ``model`` was not rewritten.
+        MissingPackageError: onnx, onnxscript or onnxruntime is missing (extra ``onnx``).
+    """
+    _require_packages()
+    target = Path(path)
+    _require_rewritten(model)
+    with _temporary_folder(target) as folder, _evaluating(model):
+        conversion = _converted(model, example_inputs, use_cache, dynamic_shapes, opset_version, ort_fusions)
+        from attnres_rewrite import __version__
+
+        finish(conversion, functions, __version__)
+        temporary = folder / target.name
+        _save(conversion.model, temporary)
+        differences = _check(conversion, temporary)
+        limit = _tolerance(conversion.program) if tolerance is None else tolerance
+        worst = max(differences.values())
+        if not worst <= limit:
+            raise OnnxExportError(
+                f"ONNX Runtime differs from PyTorch by {worst:.1e} (tolerance {limit:.1e}), relative to the "
+                f"largest output, at sizes {differences}; no file was written"
+            )
+        for file in sorted(folder.iterdir(), reverse=True):
+            os.replace(file, target.parent / file.name)
+    graph = conversion.model.graph
+    return OnnxExport(
+        path=target,
+        max_difference=worst,
+        differences=differences,
+        sites=len(function.sites_of(conversion.program)),
+        inputs=tuple(str(value.name) for value in graph.inputs),
+        outputs=tuple(str(value.name) for value in graph.outputs),
+    )
+
+
+def _require_packages() -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            __import__(name)
+        except ImportError as error:
+            raise MissingPackageError("export_onnx", name, "onnx") from error
+
+
+@contextlib.contextmanager
+def _temporary_folder(target: Path) -> Iterator[Path]:
+    """A folder on the file system of ``target``, so that a file moves from it to there in one step."""
+    if not target.parent.is_dir():
+        raise OnnxExportError(f"cannot write {target.name}: the folder {target.parent} does not exist")
+    if target.is_dir():
+        raise OnnxExportError(f"cannot write {target}: it is a folder; name a file in it, such as model.onnx")
+    try:
+        holder = tempfile.TemporaryDirectory(dir=target.parent, prefix=".attnres-")
+    except OSError as error:
+        raise OnnxExportError(f"cannot write {target.name} in {target.parent}: {error.strerror}") from error
+    with holder as folder:
+        yield Path(folder)
+
+
+def _require_rewritten(model: object) -> None:
+    if isinstance(model, ExportedProgram | GraphModule):
+        op = torch.ops.attnres.block_attn_res.default
+        if not any(node.target is op for node in model.graph.nodes):
+            kind = type(model).__name__ if isinstance(model, ExportedProgram) else "GraphModule"
+            raise AttnResError(f"export_onnx: this {kind} was not rewritten; call rewrite() on it first")
+        return
+    require_live(model, "export_onnx")
+
+
+def _converted(
+    model: nn.Module | ExportedProgram,
+    example_inputs: ExampleInputs | None,
+    use_cache: bool,
+    dynamic_shapes: Any,
+    opset_version: int,
+    ort_fusions: str | None,
+) -> Conversion:
+    """``model`` in ONNX, by the way that its kind takes."""
+    if isinstance(model, ExportedProgram):
+        call = _program_call(model, example_inputs)
+        # Its guards refuse the sizes for which it was not traced.
+        reference = Reference(_outputs_of(model.module()), smallest=2)
+        program = model
+    else:
+        call = example_call(model, example_inputs)
+        _require_supported(model.state_dict(), call)
+        if isinstance(model, GraphModule):
+            program, reference = _trace(model, call, dynamic_shapes), Reference(_outputs_of(model))
+        else:
+            config, blocks = _recorded(model)
+            with _plain(model):
+                if huggingface.is_supported(model, call):
+                    return huggingface.export(
+                        model,
+                        call,
+                        lambda program: rewrite_exported(program, config, blocks),
+                        use_cache=use_cache,
+                        dynamic_shapes=dynamic_shapes,
+                        opset_version=opset_version,
+                        ort_fusions=ort_fusions,
+                    )
+                program = rewrite_exported(_trace(model, call, dynamic_shapes), config, blocks)
+            reference = Reference(_live_outputs(model))
+    if use_cache or ort_fusions:
+        option = "use_cache" if use_cache else "ort_fusions"
+        raise OnnxExportError(
+            f"{option} is for Hugging Face models that are given by themselves, called by keywords, and needs "
+            f"transformers with transformers.exporters; this is a {type(model).__name__}"
+        )
+    _require_supported(program.state_dict, call)
+    inputs = [node.name for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    return Conversion(program, convert(program, opset_version), call, inputs, reference)
+
+
+def _recorded(model: nn.Module) -> tuple[AttnResConfig, dict[str, tuple[int, ...]]]:
+    """The configuration of a live model, and how the branch outputs of its streams are in blocks, by owner."""
+    specs = [AnchorSpec.from_json(forward.spec) for _, forward in require_live(model, "export_onnx")]
+    if any(len(spec.sites) > 1 for spec in specs):
+        names = [spec.owner for spec in specs if len(spec.sites) > 1]
+        raise OnnxExportError(f"modules {names} hold several residual streams each, which cannot be exported yet")
+    blocks = {spec.owner: spec.blocks[0] for spec in specs}
+    return dataclasses.replace(specs[0].config, streams=tuple(blocks)), blocks
+
+
+def _require_supported(tensors: Mapping[str, Any], call: Call) -> None:
+    inputs = {f"input {i}": t for i, t in enumerate(_compat.tensors_in((call.args, call.kwargs)))}
+    for name, value in {**inputs, **tensors}.items():
+        if isinstance(value, Tensor) and value.dtype not in _SUPPORTED:
+            raise OnnxExportError(
+                f"{name} is {str(value.dtype).removeprefix('torch.')}, which ONNX Runtime does not compute with; "
+                "convert it, for example with model.float()"
+            )
+
+
+def _trace(model: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgram:
+    if dynamic_shapes is None:
+        dynamic_shapes = _default_dynamic_shapes(call)
+    try:
+        return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:
+        raise OnnxExportError(
+            f"torch.export cannot trace {type(model).__name__}: {error}\nTry other example_inputs, or "
+            "dynamic_shapes with fewer dynamic dimensions"
+        ) from error
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module | ExportedProgram) -> Iterator[None]:
+    """Eval mode, as for any deployment; afterwards every module is back in the mode that it was in."""
+    training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """``model`` uncompiled and with plain residuals."""
+    compiled, model._compiled_call_impl = model._compiled_call_impl, None
+    try:
+        with disabled(model):
+            yield
+    finally:
+        model._compiled_call_impl = compiled
+
+
+def _live_outputs(model: nn.Module) -> Any:
+    def run(call: Call) -> list[Tensor]:
+        return _compat.tensors_in(run_through(model, call.run, AttnResBackend("eager")))
+
+    return run
+
+
+def _outputs_of(module: nn.Module) -> Any:
+    return lambda call: _compat.tensors_in(call.run(module))
+
+
+def _default_dynamic_shapes(call: Call) -> Any:
+    def dynamic(value: object) -> Any:
+        if not isinstance(value, Tensor):
+            return None
+        count = 1 if value.is_floating_point() else 2
+        return dict.fromkeys(range(min(count, value.dim())), Dim.DYNAMIC)
+
+    if not call.kwargs:
+        return tuple(dynamic(value) for value in call.args)
+    if not call.args:
+        return {name: dynamic(value) for name, value in call.kwargs.items()}
+    raise OnnxExportError("example_inputs mix positional and keyword arguments: pass dynamic_shapes as well")
+
+
+def _program_call(program: ExportedProgram, example_inputs: ExampleInputs | None) -> Call:
+    if example_inputs is None and program.example_inputs is not None:
+        args, kwargs = program.example_inputs
+        return Call(tuple(args), dict(kwargs))
+    if isinstance(example_inputs, Mapping):
+        return Call((), dict(example_inputs))
+    return Call(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {})
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    from onnxscript import ir
+
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    ir.save(model, path, external_data=f"{path.name}.data" if size > _LARGEST_FILE else None)
+
+
+def _check(conversion: Conversion, path: Path) -> dict[tuple[int, ...], float]:
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+        return compare(conversion, path)
+    except OnnxExportError:
+        raise
+    except Exception as error:
+        raise OnnxExportError(
+            f"the exported model cannot be run: {type(error).__name__}: {error}; no file was written"
+        ) from error
+
+
+def _tolerance(program: ExportedProgram) -> float:
+    dtypes = {value.dtype for value in program.state_dict.values()}
+    return max((_TOLERANCES[dtype] for dtype in dtypes if dtype in _TOLERANCES), default=_TOLERANCES[torch.float32])

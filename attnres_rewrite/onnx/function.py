@@ -1,0 +1,208 @@
+"""How a site is written in ONNX: one call of the model-local function ``attnres::BlockAttnRes``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from attnres_rewrite.graph import require_tensor
+
+if TYPE_CHECKING:
+    from onnxscript import ir
+
+DOMAIN = "attnres"
+NAME = "BlockAttnRes"
+VERSION = 1
+_OP = torch.ops.attnres.block_attn_res.default
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteCall:
+    """One site of a program, as its ONNX node shall tell it.
+
+    Attributes:
+        name: ``<owner>.attn_res.<i>``.
+        query: Name of its pseudo-query among the program's parameters.
+        gain: Name of its key gain, if it has one.
+        sources: Number of sources.
+    """
+
+    name: str
+    query: str
+    gain: str | None
+    sources: int
+
+    @property
+    def owner(self) -> str:
+        """Path of the module that holds the stream; empty for the model itself."""
+        return self.name.rpartition("attn_res.")[0].removesuffix(".")
+
+
+def sites_of(program: ExportedProgram) -> list[SiteCall]:
+    """The sites of ``program`` in the order of its nodes; empty if it was not rewritten."""
+    names = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs}
+    sites = []
+    for node in program.graph.nodes:
+        if node.target is _OP:
+            sources, query, gain = node.args[:3]
+            name = str(names[query.name])
+            key_gain = None if gain is None else str(names[gain.name])
+            sites.append(SiteCall(name.removesuffix(".query"), name, key_gain, len(sources)))
+    return sites
+
+
+def with_calls(program: ExportedProgram) -> ExportedProgram:
+    """``program`` with every ``block_attn_res`` node replaced by one that exports as a call of the function."""
+    lowered: ExportedProgram = program.run_decompositions({_OP: _call})
+    return lowered
+
+
+def _call(sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, eps: float, scale: float, sum: bool) -> Tensor:
+    parameters = [query] if gain is None else [query, gain]
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{NAME}",
+        [*sources, *parameters],
+        {"eps": eps, "scale": scale, "aggregation": "sum" if sum else "mean"},
+        dtype=sources[0].dtype,
+        shape=sources[0].shape,
+        version=VERSION,
+    )
+
+
+def define(model: ir.Model, program: ExportedProgram, opset_version: int) -> None:
+    """Give the calls in ``model``, made from ``program``, their names and parameters and the functions that they call.
+
+    Equal weights are one initializer after the exporter's optimisation, and all queries are equal before training.
+    A site gets its own ones back, so that each can be found under its name, and changed alone.
+    """
+    calls = [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, NAME)]
+    for site, node, call in zip(sites_of(program), _op_nodes(program), calls, strict=True):
+        call.name = site.name
+        names = [site.query] if site.gain is None else [site.query, site.gain]
+        for position, name in enumerate(names, site.sources):
+            call.replace_input_with(position, _initializer(model, name, program.state_dict[name]))
+        form = _Form.of(node, opset_version)
+        call.overload = form.overload
+        function = form.function()
+        model.functions.setdefault(function.identifier(), function)
+
+
+def _op_nodes(program: ExportedProgram) -> list[Node]:
+    return [node for node in program.graph.nodes if node.target is _OP]
+
+
+def _initializer(model: ir.Model, name: str, value: Tensor) -> ir.Value:
+    from onnxscript import ir
+
+    initializers = model.graph.initializers
+    if name not in initializers:
+        tensor = ir.tensor(value.detach().cpu(), name=name)
+        initializers.add(
+            ir.Value(name=name, shape=ir.Shape(value.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        )
+    return initializers[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """What the body of the function depends on: ONNX has no functions of a variable number of inputs.
+
+    Attributes:
+        sources: Number of sources n.
+        rank: Number of dimensions of a source.
+        dtype: Of the sources.
+        parameter_dtype: Of the query and the gain.
+        gain: Whether there is a key gain.
+        sum: ``aggregation="sum"``.
+        opset_version: Of the standard operators.
+    """
+
+    sources: int
+    rank: int
+    dtype: torch.dtype
+    parameter_dtype: torch.dtype
+    gain: bool
+    sum: bool
+    opset_version: int
+
+    @classmethod
+    def of(cls, node: Node, opset_version: int) -> _Form:
+        sources: Any
+        sources, query, gain, _, _, sum = node.args
+        value = require_tensor(sources[0])
+        return cls(
+            sources=len(sources),
+            rank=value.dim(),
+            dtype=value.dtype,
+            parameter_dtype=require_tensor(query).dtype,
+            gain=gain is not None,
+            sum=bool(sum),
+            opset_version=opset_version,
+        )
+
+    @property
+    def overload(self) -> str:
+        """What tells this form from the others of one model."""
+        parts = [f"{self.sources}_sources", *([f"rank_{self.rank}"] if self.rank != 3 else [])]
+        return "_".join([*parts, *(["sum"] if self.sum else []), *([] if self.gain else ["no_gain"])])
+
+    def function(self) -> ir.Function:
+        from onnx import parser
+        from onnxscript import ir
+
+        function = ir.serde.deserialize_function(parser.parse_function(self._text()))
+        function.doc_string = _DESCRIPTION.format(n=self.sources, last=self.sources - 1)
+        return function
+
+    def _text(self) -> str:
+        """The function in ONNX's textual form."""
+        n = self.sources
+        sources = [f"v{i}" for i in range(n)]
+        inputs = [*sources, "query", *(["gain"] if self.gain else [])]
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        to = {torch.float32: 1, torch.float64: 11}[wide]
+        shape = ", ".join(["0"] * (self.rank - 1))
+        lines = [
+            f"side_by_side = Concat <axis = -1> ({', '.join(sources)})",
+            f"stacked_shape = Constant <value_ints = [{shape}, {n}, -1]> ()",
+            "given = Reshape (side_by_side, stacked_shape)",
+            _cast("v", "given", self.dtype, wide, to),
+            _cast("q", "query", self.parameter_dtype, wide, to),
+            _cast("g", "gain", self.parameter_dtype, wide, to) if self.gain else "",
+            "w = Mul (q, g)" if self.gain else "w = Identity (q)",
+            "scale_given = Constant <value_float: float = @scale> ()",
+            "scale = CastLike (scale_given, w)",
+            "scaled = Mul (w, scale)",
+            "products = RMSNormalization <axis = -1, epsilon: float = @eps> (v, scaled)",
+            "last = Constant <value_ints = [-1]> ()",
+            "logits = ReduceSum <keepdims = 0> (products, last)",
+            "alpha = Softmax <axis = -1> (logits)",
+            "before_last = Constant <value_ints = [-2]> ()",
+            "row = Unsqueeze (alpha, before_last)",
+            "mixed = MatMul (row, v)",
+            "mean = Squeeze (mixed, before_last)",
+            f"count_given = Constant <value_float = {float(n)}> ()" if self.sum else "",
+            "count = CastLike (count_given, mean)" if self.sum else "",
+            "total = Mul (mean, count)" if self.sum else "total = Identity (mean)",
+            "h = CastLike (total, v0)" if self.dtype != wide else "h = Identity (total)",
+        ]
+        body = "\n".join(f"    {line}" for line in lines if line)
+        return (
+            f'<opset_import: ["" : {self.opset_version}], domain: "{DOMAIN}", overload: "{self.overload}">\n'
+            f"{NAME} <eps, scale, aggregation> ({', '.join(inputs)}) => (h) {{\n{body}\n}}"
+        )
+
+
+def _cast(to_name: str, name: str, dtype: torch.dtype, wide: torch.dtype, to: int) -> str:
+    return f"{to_name} = Identity ({name})" if dtype == wide else f"{to_name} = Cast <to = {to}> ({name})"
+
+
+_DESCRIPTION = """Block Attention Residuals (arXiv:2603.15031) over {n} sources v0 ... v{last}, [..., D] each:
+k_i = v_i * rsqrt(mean(v_i^2) + eps) * gain, alpha = softmax_i(scale * <query, k_i>), h = sum_i alpha_i * v_i
+(times {n} if aggregation is "sum"). The inner arithmetic is in float32, or in float64 for float64 sources."""

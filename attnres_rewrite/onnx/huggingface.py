@@ -1,0 +1,189 @@
+"""Hugging Face models go through ``transformers.exporters``, which knows their caches, masks and outputs.
+
+Its ONNX exporter extends its ``torch.export`` exporter and calls it by ``super()``. A class between the two in the
+order of method resolution therefore sees the program after it is traced and before it is converted: there it is
+rewritten. Works with transformers 5.17 (where the method is called ``export``) to 5.23 (``export_program``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from attnres_rewrite.backend import AttnResBackend
+from attnres_rewrite.capture import Call
+from attnres_rewrite.live import run_through
+from attnres_rewrite.onnx import function
+from attnres_rewrite.onnx.conversion import Conversion, OnnxExportError, Reference, cache_name
+
+if TYPE_CHECKING:
+    from onnxscript import ir
+
+
+Rewrite = Callable[[ExportedProgram], ExportedProgram]
+
+
+def is_supported(model: nn.Module, call: Call) -> bool:
+    """Whether ``model`` is a Hugging Face model, called by keywords, and its exporters are installed."""
+    if "transformers" not in sys.modules or call.args:
+        return False
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel) and importlib.util.find_spec("transformers.exporters") is not None
+
+
+def export(
+    model: Any,
+    call: Call,
+    rewrite: Rewrite,
+    *,
+    use_cache: bool,
+    dynamic_shapes: Any,
+    opset_version: int,
+    ort_fusions: str | None,
+) -> Conversion:
+    """Export ``model``, whose plain path is active, and rewrite it on the way.
+
+    Args:
+        model: A ``PreTrainedModel``.
+        call: The example.
+        rewrite: Rewrites the program of the plain path.
+        use_cache: Whether the graph takes and gives a key-value cache.
+        dynamic_shapes: As for ``torch.export.export``; None lets the exporter find the dynamic dimensions.
+        opset_version: ONNX opset.
+        ort_fusions: Execution provider for which the graph is fused into operators of ONNX Runtime.
+
+    Raises:
+        OnnxExportError: The exporter failed, or the model cannot be called with a cache.
+    """
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.utils import get_leaf_tensors
+
+    exporter = _rewriting_exporter(rewrite)
+    options = {"dynamic": True, "dynamic_shapes": dynamic_shapes, "opset_version": opset_version}
+    with _own_forward(model):
+        inputs = _with_cache(model, call.kwargs) if use_cache else {**call.kwargs, "use_cache": False}
+        given = copy.deepcopy(inputs)
+        onnx_model: ir.Model = exporter.convert(model, given, OnnxConfig(**options))
+    if ort_fusions is not None:
+        fuse(onnx_model, ort_fusions)
+    # What the exporter took out of the inputs are flags, which it sets in the model's configuration for the trace.
+    flags = {name: value for name, value in inputs.items() if name not in given}
+    tensors = {name: value for name, value in inputs.items() if name in given}
+    names = [cache_name(name, "past_key_values") for name in get_leaf_tensors(tensors)]
+    for value in onnx_model.graph.inputs:
+        value.name = cache_name(str(value.name), "past_key_values")
+    for value in onnx_model.graph.outputs:
+        value.name = cache_name(str(value.name), "present")
+
+    def run(fresh: Call) -> list[Tensor]:
+        asked = Call((), {**fresh.kwargs, **flags})
+        return list(get_leaf_tensors(run_through(model, asked.run, AttnResBackend("eager"))).values())
+
+    return Conversion(exporter.program, onnx_model, Call((), tensors), names, Reference(run, _with_positions))
+
+
+def fuse(model: ir.Model, ort_fusions: str) -> None:
+    """Fuse ``model`` in place into operators of ONNX Runtime, for the execution provider ``ort_fusions``.
+
+    Raises:
+        OnnxExportError: This version of transformers has no fusions.
+    """
+    try:
+        from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
+    except ImportError as error:
+        raise OnnxExportError("ort_fusions needs transformers 5.23 or newer, which brings the fusions") from error
+    fuse_for_onnxruntime(model, ort_fusions)
+
+
+def _with_cache(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that goes on for two tokens after ``inputs``, with their cache.
+
+    Two, because a size of one would be a constant in the graph.
+    """
+    from transformers.exporters.utils import decompose_for_generation
+
+    try:
+        stages = decompose_for_generation(model, dict(inputs), multi_token_decode=True)
+    except Exception as error:
+        raise OnnxExportError(
+            f"{type(model).__name__} cannot be exported with a cache: {error}\nPass example inputs that "
+            "model.generate() takes, or use_cache=False"
+        ) from error
+    if set(stages) != {"prefill", "decode"}:
+        raise OnnxExportError(
+            f"{type(model).__name__} generates in {len(stages)} parts ({', '.join(stages)}), and export_onnx writes "
+            "one file: export its language model, or use_cache=False"
+        )
+    arguments = dict(stages["decode"][1])
+    mask = inputs.get("attention_mask")
+    if mask is not None and arguments.get("attention_mask") is None:
+        # generate() leaves a mask out that hides nothing; the exported model shall take one nevertheless.
+        arguments["attention_mask"] = torch.cat([mask, mask.new_ones(mask.shape[0], 2)], dim=1)
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _with_positions(call: Call) -> Call:
+    """``call`` with positions that follow the cache, and a mask that covers it."""
+    positions, cache = call.kwargs.get("position_ids"), call.kwargs.get("past_key_values")
+    if positions is None or cache is None or positions.dim() != 2:
+        return call
+    start = cache.get_seq_length()
+    following = torch.arange(start, start + positions.shape[1], device=positions.device)
+    return Call((), {**call.kwargs, "position_ids": following.expand_as(positions).clone()})
+
+
+@contextlib.contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """The exporters put a ``forward`` on the object and leave the class's own one there."""
+    before = model.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        if before is None:
+            model.__dict__.pop("forward", None)
+        else:
+            model.__dict__["forward"] = before
+
+
+def _rewriting_exporter(rewrite: Rewrite) -> Any:
+    """An ONNX exporter that rewrites the program between the trace and the conversion, and keeps it as ``program``."""
+    from transformers.exporters.exporter_dynamo import DynamoExporter
+    from transformers.exporters.exporter_onnx import OnnxExporter
+
+    class Rewriting(DynamoExporter):  # type: ignore[misc]
+        program: ExportedProgram
+
+        def _rewritten(self, program: ExportedProgram) -> ExportedProgram:
+            self.program = rewrite(program)
+            return function.with_calls(self.program)
+
+    class SinceMetadata(Rewriting):
+        def export_program(self, model: nn.Module, sample_inputs: Any, config: Any) -> Any:
+            program, metadata = super().export_program(model, sample_inputs, config=config)
+            return self._rewritten(program), metadata
+
+    class BeforeMetadata(Rewriting):
+        def export(self, model: nn.Module, sample_inputs: Any, config: Any) -> Any:
+            return self._rewritten(super().export(model, sample_inputs, config=config))
+
+    if hasattr(DynamoExporter, "export_program"):
+
+        class AttnResOnnxExporter(OnnxExporter, SinceMetadata):  # type: ignore[misc]
+            def convert(self, model: nn.Module, sample_inputs: Any, config: Any) -> Any:
+                return self.export_program(model, sample_inputs, config)[0]
+    else:
+
+        class AttnResOnnxExporter(OnnxExporter, BeforeMetadata):  # type: ignore[misc, no-redef]
+            def convert(self, model: nn.Module, sample_inputs: Any, config: Any) -> Any:
+                return self.export(model, sample_inputs, config).model
+
+    return AttnResOnnxExporter()
