@@ -1,32 +1,60 @@
-"""Export to ONNX: what ONNX Runtime computes, and what happens when something is wrong."""
+"""Export to ONNX: what ONNX Runtime computes, what is in the file, and what happens when something is wrong."""
 
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-import numpy
 import pytest
 import torch
 from models import WIDTH, Tower, embeddings, gpt2, llama, randomise_sites, token_ids
+from torch import Tensor, nn
 
 import attnres_rewrite as ar
-from attnres_rewrite import onnx as onnx_module
+from attnres_rewrite.onnx import conversion, export, function, sizes
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
-def run(path: Path, **inputs: torch.Tensor) -> torch.Tensor:
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {name: value.numpy() for name, value in inputs.items()})[0])
+def session(path: Path | bytes) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    given = path if isinstance(path, bytes) else str(path)
+    return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+
+
+def run(path: Path | bytes, **inputs: Tensor) -> Tensor:
+    output: Tensor = torch.from_numpy(
+        session(path).run(None, {name: value.numpy() for name, value in inputs.items()})[0]
+    )
+    return output
+
+
+def site_nodes(model: Any) -> list[Any]:
+    return [node for node in model.graph.node if (node.domain, node.op_type) == ("attnres", "BlockAttnRes")]
+
+
+def graph_values(result: ar.OnnxExport) -> list[Any]:
+    graph = onnx.load(result.path).graph
+    return [*graph.input, *graph.output]
+
+
+@pytest.fixture
+def tower() -> nn.Module:
+    return randomise_sites(ar.rewrite(Tower(3).eval(), blocks=2, example_inputs=embeddings(), backend="eager"))
 
 
 def test_a_live_llama_with_random_queries_equals_pytorch_at_other_sizes(tmp_path: Path) -> None:
     model = randomise_sites(ar.rewrite(llama().eval(), blocks=3, backend="eager"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    attributes = set(model.__dict__)
     result = ar.export_onnx(model, tmp_path / "model.onnx", {"input_ids": token_ids(2, 7)})
 
-    assert result.sites == 10
-    assert result.max_difference < 1e-5
-    assert set(result.differences) == {(3, 6), (4, 3), (2, 8)}
+    assert (result.sites, result.inputs, result.outputs) == (10, ("input_ids",), ("logits",))
+    assert result.max_difference == max(result.differences.values()) < 1e-5
+    assert set(result.differences) == {(3, 6), (4, 3), (1, 8)}
     # Sizes that export_onnx did not try itself, compared here and not by it.
     for batch, length in ((1, 1), (5, 12)):
         ids = token_ids(batch, length, seed=batch)
@@ -39,28 +67,96 @@ def test_a_live_llama_with_random_queries_equals_pytorch_at_other_sizes(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.config.use_cache
+    assert set(model.__dict__) == attributes
+
+    file = onnx.load(result.path)
+    onnx.checker.check_model(file, full_check=True)
+    inferred = onnx.shape_inference.infer_shapes(file, strict_mode=True, data_prop=True)
+    assert [d.dim_value or d.dim_param for d in inferred.graph.output[0].type.tensor_type.shape.dim][-1] == 61
+    assert [node.name for node in site_nodes(file)] == [f"model.attn_res.{i}" for i in range(10)]
+    assert {(f.domain, f.name) for f in file.functions} == {("attnres", "BlockAttnRes")}
+    assert len(file.functions) == 3  # of two, three and four sources
+    assert all("arXiv:2603.15031" in f.doc_string for f in file.functions)
+    # The norms of the model, and none of its parts, are left.
+    counts = Counter(node.op_type for node in file.graph.node)
+    assert counts["RMSNormalization"] == 11
+    assert not {"ReduceMean", "Pow", "Sqrt"} & set(counts)
+    properties = {entry.key: entry.value for entry in file.metadata_props}
+    assert properties["attnres.version"] == ar.__version__ == file.producer_version
+    assert json.loads(properties["attnres.blocks"]) == {"model": 3}
+    sources = json.loads(properties["attnres.sources_per_site"])
+    assert sources == {"model": [2, 2, 2, 2, 3, 3, 3, 3, 4, 4]}
+    assert [len(node.input) - 2 for node in site_nodes(file)] == sources["model"]
+    names = {initializer.name.removesuffix(".transposed") for initializer in file.graph.initializer}
+    assert {name for name in before if "norm" not in name} <= names
+
+
+def test_every_zero_query_stays_a_weight_of_its_own(tmp_path: Path, tower: nn.Module) -> None:
+    with torch.no_grad():
+        for name, parameter in ar.attnres_parameters(tower):
+            parameter.fill_(0.0 if name.endswith("query") else 1.0)
+    result = ar.export_onnx(tower, tmp_path / "model.onnx", embeddings())
+    file = onnx.load(result.path)
+    weights = {initializer.name: initializer for initializer in file.graph.initializer}
+    for node, (name, _) in zip(
+        site_nodes(file), [p for p in ar.attnres_parameters(tower) if "query" in p[0]], strict=True
+    ):
+        assert list(node.input[-2:]) == [name, name.replace("query", "gain")]
+        assert not onnx.numpy_helper.to_array(weights[name]).any()
+    # A query that is set in the file works as the same query in PyTorch.
+    query = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1))
+    weights["attn_res.3.query"].CopyFrom(onnx.numpy_helper.from_array(query.numpy(), "attn_res.3.query"))
+    x = embeddings(3, 9, seed=1)
+    with torch.no_grad():
+        unchanged = tower(x)
+        tower.attn_res[3].query.copy_(query)
+        expected = tower(x)
+    actual = run(file.SerializeToString(), x=x)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(actual, unchanged, rtol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"functions": False}, {"opset_version": 20}], ids=str)
+def test_without_functions_and_for_older_opsets(tmp_path: Path, tower: nn.Module, options: dict[str, Any]) -> None:
+    result = ar.export_onnx(tower, tmp_path / "model.onnx", embeddings(), **options)
+    file = onnx.load(result.path)
+    version = next(entry.version for entry in file.opset_import if not entry.domain)
+    assert version == options.get("opset_version", 23)
+    assert len(site_nodes(file)) == (6 if options.get("functions", True) else 0)
+    assert bool(file.functions) is options.get("functions", True)
+    x = embeddings(3, 9, seed=1)
+    with torch.no_grad():
+        torch.testing.assert_close(run(result.path, x=x), tower(x), rtol=1e-5, atol=1e-5)
 
 
 def test_an_exported_program_is_exported_as_it_is(tmp_path: Path) -> None:
-    ids = token_ids(2, 7)
-    program = torch.export.export(gpt2().eval(), (), {"input_ids": ids, "use_cache": False}, strict=False)
+    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    shapes = {"input_ids": dynamic, "use_cache": None}
+    inputs = {"input_ids": token_ids(2, 7), "use_cache": False}
+    program = torch.export.export(llama(2).eval(), (), inputs, dynamic_shapes=shapes, strict=False)
     program = ar.rewrite(program, blocks=2)
     for name, value in program.state_dict.items():
         if name.endswith(".query"):
             torch.nn.init.normal_(value)
-    result = ar.export_onnx(program, tmp_path / "gpt2.onnx")
+    result = ar.export_onnx(program, tmp_path / "llama.onnx")
+    assert (result.outputs, set(result.differences)) == (("logits",), {(3, 6), (4, 3), (2, 8)})
+    ids = token_ids(3, 5)
     expected = program.module()(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(run(result.path, input_ids=ids), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture
-def tower() -> torch.nn.Module:
-    return randomise_sites(ar.rewrite(Tower(3).eval(), blocks=2, example_inputs=embeddings(), backend="eager"))
+def test_a_graph_module_is_exported_as_it_is(tmp_path: Path) -> None:
+    traced = torch.fx.symbolic_trace(Tower(3).eval())
+    module = randomise_sites(ar.rewrite(traced, blocks=2, example_inputs=embeddings()))
+    result = ar.export_onnx(module, tmp_path / "model.onnx", embeddings())
+    x = embeddings(3, 9, seed=1)
+    with torch.no_grad():
+        torch.testing.assert_close(run(result.path, x=x), module(x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_in_training_is_exported_for_evaluation(tmp_path: Path) -> None:
     model = Tower(2)
-    model.norm = torch.nn.Sequential(torch.nn.LayerNorm(WIDTH), torch.nn.Dropout(0.5), torch.nn.Dropout(0.5))
+    model.norm = nn.Sequential(nn.LayerNorm(WIDTH), nn.Dropout(0.5), nn.Dropout(0.5))
     ar.rewrite(model.train(), blocks=2, example_inputs=embeddings(), backend="eager")
     model.norm[2].eval()
     result = ar.export_onnx(randomise_sites(model), tmp_path / "model.onnx", embeddings())
@@ -81,50 +177,185 @@ def test_aggregation_scale_and_missing_gain(tmp_path: Path, aggregation: str) ->
         torch.testing.assert_close(run(result.path, x=x), model(x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_failed_comparison_leaves_no_file(tmp_path: Path, tower: torch.nn.Module) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_precisions(tmp_path: Path, dtype: torch.dtype) -> None:
+    x = embeddings().to(dtype)
+    model = randomise_sites(ar.rewrite(Tower(3).eval().to(dtype), blocks=2, example_inputs=x, backend="eager"))
+    result = ar.export_onnx(model, tmp_path / "model.onnx", x)
+    assert 0 < result.max_difference < {torch.float64: 1e-10, torch.float16: 1e-2, torch.bfloat16: 1e-1}[dtype]
+    file = onnx.load(result.path)
+    names = {torch.float64: "DOUBLE", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
+    kind = onnx.TensorProto.DataType.Value(names[dtype])
+    assert {value.data_type for value in file.graph.initializer if "weight" in value.name} == {kind}
+    assert {value.type.tensor_type.elem_type for value in (*file.graph.input, *file.graph.output)} == {kind}
+    # The sites compute in float32, or in float64, whatever comes in.
+    casts = {node.op_type for f in file.functions for node in f.node}
+    assert ("Cast" in casts) is (dtype != torch.float64)
+
+
+def test_a_cache_with_a_padded_batch(tmp_path: Path) -> None:
+    model = randomise_sites(ar.rewrite(llama(2).eval(), blocks=2, backend="eager"))
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    inputs = {"input_ids": token_ids(2, 5), "attention_mask": mask}
+    result = ar.export_onnx(model, tmp_path / "model.onnx", inputs, use_cache=True)
+    caches = [f"{layer}.{part}" for layer in range(2) for part in ("key", "value")]
+    assert set(result.inputs) == {
+        *("input_ids", "attention_mask", "position_ids"),
+        *(f"past_key_values.{cache}" for cache in caches),
+    }
+    assert result.outputs == ("logits", *(f"present.{cache}" for cache in caches))
+    assert result.max_difference < 1e-5
+    assert set(result.differences) == {(3, 1, 4), (4, 5, 0), (1, 3, 6)}
+    shapes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph_values(result)}
+    assert shapes["input_ids"] == ["batch", "sequence"]
+    assert shapes["attention_mask"] == ["batch", "past_sequence + sequence"]
+    assert shapes["past_key_values.1.key"] == ["batch", 2, "past_sequence", WIDTH // 4]
+    assert shapes["present.1.key"][2].split(" + ") == ["past_sequence", "sequence"]
+
+    # Eight greedy steps of a batch whose first sequence is padded on the left.
+    runtime = session(result.path)
+    ids, positions = inputs["input_ids"], (mask.cumsum(1) - 1).clamp(min=0)
+    past = {f"past_key_values.{cache}": torch.zeros(2, 2, 0, WIDTH // 4) for cache in caches}
+    tokens = []
+    for _ in range(8):
+        feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}
+        logits, *present = runtime.run(None, {name: feed[name].numpy() for name in result.inputs})
+        ids = torch.from_numpy(logits)[:, -1:].argmax(-1)
+        tokens.append(ids)
+        past = {f"past_key_values.{c}": torch.from_numpy(p) for c, p in zip(caches, present, strict=True)}
+        mask, positions = torch.cat([mask, torch.ones(2, 1, dtype=torch.int64)], 1), positions[:, -1:] + 1
+    with torch.no_grad():
+        model.generation_config.eos_token_id = None
+        expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert torch.equal(torch.cat(tokens, 1), expected[:, 5:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "opset_version", "expected"),
+    [
+        (llama, 20, {"RotaryEmbedding": 6, "SimplifiedLayerNormalization": 7}),
+        (llama, 23, {"RotaryEmbedding": 6, "RMSNormalization": 7, "Attention": 3}),
+        (gpt2, 23, {"LayerNormalization": 7, "Attention": 3}),
+    ],
+)
+def test_the_fusions_of_onnx_runtime_still_apply(
+    tmp_path: Path, make: Callable[..., nn.Module], opset_version: int, expected: dict[str, int]
+) -> None:
+    from attnres_rewrite.capture import Call
+    from attnres_rewrite.onnx import huggingface
+
+    inputs = {"input_ids": token_ids(2, 7)}
+    plain = huggingface.export(
+        make(3).eval(),
+        Call((), inputs),
+        lambda program: program,
+        use_cache=True,
+        dynamic_shapes=None,
+        opset_version=opset_version,
+        ort_fusions="cpu",
+    )
+    model = randomise_sites(ar.rewrite(make(3).eval(), blocks=2, backend="eager"))
+    options: Any = {"use_cache": True, "ort_fusions": "cpu", "opset_version": opset_version}
+    result = ar.export_onnx(model, tmp_path / "model.onnx", inputs, **options)
+    assert result.max_difference < 1e-4
+    assert fusions((node.domain, node.op_type) for node in plain.model.graph) == expected
+    assert fusions((node.domain, node.op_type) for node in onnx.load(result.path).graph.node) == expected
+
+
+def fusions(nodes: Iterable[tuple[str, str]]) -> Counter[str]:
+    """How many operators of ONNX Runtime, and norms, there are.
+
+    An add and the norm after it are one operator of the plain model. A rewritten one adds before a site and norms after
+    it, so there the norm is by itself.
+    """
+    kinds = ("Normalization", "Attention", "RotaryEmbedding")
+    names = [name for domain, name in nodes if domain == "com.microsoft" or name.endswith(kinds)]
+    return Counter(name.removeprefix("Skip") for name in names)
+
+
+def test_large_weights_go_beside_the_file(tmp_path: Path, tower: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "_LARGEST_FILE", 100)
+    result = ar.export_onnx(tower, tmp_path / "model.onnx", embeddings())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    x = embeddings(3, 9, seed=1)
+    with torch.no_grad():
+        torch.testing.assert_close(run(result.path, x=x), tower(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_failed_comparison_leaves_what_was_there(tmp_path: Path, tower: nn.Module) -> None:
     with pytest.raises(ar.OnnxExportError, match=r"differs from PyTorch by .* no file was written"):
         ar.export_onnx(tower, tmp_path / "model.onnx", embeddings(), tolerance=0.0)
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "model.onnx").write_text("the one before")
+    with pytest.raises(ar.OnnxExportError):
+        ar.export_onnx(tower, tmp_path / "model.onnx", embeddings(), tolerance=0.0)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("model.onnx", "the one before")]
 
 
-def test_the_comparison_sees_a_wrong_translation(
-    tmp_path: Path, tower: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+def test_the_comparison_sees_a_wrong_function(
+    tmp_path: Path, tower: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from attnres_rewrite import onnx_op
-
-    def without_last_source(sources: list[object], *rest: object) -> object:
-        return onnx_op.block_attn_res(sources[:-1], *rest)  # type: ignore[arg-type]
-
-    table = {torch.ops.attnres.block_attn_res.default: without_last_source}
-    monkeypatch.setattr(onnx_op, "translation_table", lambda: table)
+    right = function._Form._text
+    monkeypatch.setattr(function._Form, "_text", lambda form: right(form).replace("Softmax", "Sigmoid"))
+    with pytest.raises(ar.OnnxExportError, match=r"differs from PyTorch|cannot be run"):
+        ar.export_onnx(tower, tmp_path / "model.onnx", embeddings())
+    right_sites = function.sites_of
+    monkeypatch.undo()
+    monkeypatch.setattr(function, "sites_of", lambda program: _first_query_for_all(right_sites(program)))
     with pytest.raises(ar.OnnxExportError, match="differs from PyTorch"):
         ar.export_onnx(tower, tmp_path / "model.onnx", embeddings())
 
 
-def test_a_folder_that_does_not_exist_is_an_error_before_any_work(tmp_path: Path, tower: torch.nn.Module) -> None:
-    with pytest.raises(ar.OnnxExportError, match="does not exist"):
+def _first_query_for_all(sites: list[function.SiteCall]) -> list[function.SiteCall]:
+    import dataclasses
+
+    return [dataclasses.replace(site, query=sites[0].query) for site in sites]
+
+
+def test_paths_that_cannot_be_written(tmp_path: Path, tower: nn.Module) -> None:
+    with pytest.raises(ar.OnnxExportError, match=r"the folder .*nowhere does not exist"):
         ar.export_onnx(tower, tmp_path / "nowhere" / "model.onnx", embeddings())
+    with pytest.raises(ar.OnnxExportError, match=r"it is a folder; name a file in it"):
+        ar.export_onnx(tower, tmp_path, embeddings())
+    with pytest.raises(ar.OnnxExportError, match=r"cannot write model.onnx in /proc"):
+        ar.export_onnx(tower, "/proc/model.onnx", embeddings())
 
 
-def test_a_plain_model_is_an_error_that_names_the_next_step(tmp_path: Path) -> None:
+def test_plain_models_are_errors_that_name_the_next_step(tmp_path: Path) -> None:
     with pytest.raises(ar.AttnResError, match="call rewrite"):
         ar.export_onnx(Tower(2), tmp_path / "model.onnx", embeddings())
     program = torch.export.export(Tower(2), (embeddings(),))
-    with pytest.raises(ar.AttnResError, match="call rewrite"):
+    with pytest.raises(ar.AttnResError, match=r"this ExportedProgram was not rewritten; call rewrite"):
         ar.export_onnx(program, tmp_path / "model.onnx")
+    with pytest.raises(ar.AttnResError, match=r"this GraphModule was not rewritten; call rewrite"):
+        ar.export_onnx(torch.fx.symbolic_trace(Tower(2)), tmp_path / "model.onnx", embeddings())
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_package_names_the_extra(
-    tmp_path: Path, tower: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dtype_that_onnx_lacks_is_named_with_its_tensor(tmp_path: Path, tower: nn.Module) -> None:
+    tower.register_buffer("phases", torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(ar.OnnxExportError, match="phases is complex64, which ONNX Runtime does not compute with"):
+        ar.export_onnx(tower, tmp_path / "model.onnx", embeddings())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_names_the_extra(tmp_path: Path, tower: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
-    with pytest.raises(ImportError, match=r"onnxscript.*attnres-rewrite\[onnx\]"):
-        onnx_module.export_onnx(tower, tmp_path / "model.onnx", embeddings())
+    with pytest.raises(ar.MissingPackageError, match=r"onnxscript.*attnres-rewrite\[onnx\]") as caught:
+        ar.export_onnx(tower, tmp_path / "model.onnx", embeddings())
+    assert isinstance(caught.value, ImportError)
+
+
+def test_options_that_need_a_hugging_face_model(tmp_path: Path, tower: nn.Module) -> None:
+    for options in ({"use_cache": True}, {"ort_fusions": "cpu"}):
+        with pytest.raises(ar.OnnxExportError, match=rf"{next(iter(options))} is for Hugging Face models .* Tower"):
+            ar.export_onnx(tower, tmp_path / "model.onnx", embeddings(), **options)  # type: ignore[arg-type]
 
 
 def test_a_model_that_cannot_be_traced_keeps_its_state(tmp_path: Path) -> None:
     class Branching(Tower):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: Tensor) -> Tensor:
             if torch.compiler.is_exporting():
                 raise RuntimeError("not for export")
             return super().forward(x)
@@ -135,4 +366,33 @@ def test_a_model_that_cannot_be_traced_keeps_its_state(tmp_path: Path) -> None:
         ar.export_onnx(model, tmp_path / "model.onnx", embeddings())
     assert torch.equal(model(embeddings()), expected)
     assert list(tmp_path.iterdir()) == []
-    assert numpy.isfinite(expected.detach().numpy()).all()
+
+
+def test_a_hugging_face_model_that_cannot_be_traced_keeps_its_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ar.rewrite(llama(2).eval(), blocks=2, backend="eager")
+    attributes, inputs = set(model.__dict__), {"input_ids": token_ids()}
+    expected = model(**inputs).logits
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("not for export")
+
+    monkeypatch.setattr(torch.export, "export", broken)
+    with pytest.raises(ar.OnnxExportError, match=r"cannot export LlamaForCausalLM: .*not for export"):
+        ar.export_onnx(model, tmp_path / "model.onnx", inputs)
+    assert set(model.__dict__) == attributes
+    assert model.config.use_cache
+    assert torch.equal(model(**inputs).logits, expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_of_caches() -> None:
+    assert conversion.cache_name("input.past_key_values.layers.3.keys", "past_key_values") == "past_key_values.3.key"
+    assert conversion.cache_name("past_key_values.layers.0.conv_states", "present") == "present.0.conv_states"
+    assert conversion.cache_name("logits", "present") == "logits"
+
+
+def test_sizes_without_dynamic_dimensions() -> None:
+    program = ar.rewrite(torch.export.export(Tower(2), (embeddings(),)), blocks=2)
+    assert sizes.dynamic_sizes(program) == []

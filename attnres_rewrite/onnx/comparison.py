@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,14 @@ from torch.export import ExportedProgram
 
 from attnres_rewrite import _compat
 from attnres_rewrite.capture import Call
-from attnres_rewrite.graph import tensor_of
 from attnres_rewrite.onnx.conversion import Conversion
+from attnres_rewrite.onnx.sizes import dynamic_sizes, input_shapes, values_at
 from attnres_rewrite.verification import relative_difference
 
-Sizes = tuple[int, ...]
 _ONNX_BFLOAT16 = 16
 
 
-def compare(conversion: Conversion, path: Path) -> dict[Sizes, float]:
+def compare(conversion: Conversion, path: Path) -> dict[tuple[int, ...], float]:
     """Largest differences between ONNX Runtime and PyTorch, relative to the largest value of each output.
 
     Args:
@@ -39,18 +37,19 @@ def compare(conversion: Conversion, path: Path) -> dict[Sizes, float]:
         return _differences(conversion, sessions)
 
 
-def _differences(conversion: Conversion, sessions: Sequence[Any]) -> dict[Sizes, float]:
+def _differences(conversion: Conversion, sessions: Sequence[Any]) -> dict[tuple[int, ...], float]:
     generator = torch.Generator().manual_seed(0)
     program, reference = conversion.program, conversion.reference
-    differences: dict[Sizes, float] = {}
-    for sizes in _sizes(program, reference.smallest):
-        fresh = reference.prepare(_fresh_call(program, conversion.call, sizes, generator))
-        # Copied, because the model may change its inputs: a cache, for example.
+    differences: dict[tuple[int, ...], float] = {}
+    sizes = dynamic_sizes(program, reference.smallest)
+    for values in zip(*(size.others() for size in sizes), strict=True) if sizes else [()]:
+        chosen = {symbol: value for size, value in zip(sizes, values, strict=True) for symbol in size.symbols}
+        fresh = reference.prepare(_fresh_call(program, conversion.call, chosen, generator))
         given = [tensor.detach().cpu().clone() for tensor in _compat.tensors_in((fresh.args, fresh.kwargs))]
         named = dict(zip(conversion.inputs, given, strict=True))
         with torch.no_grad():
             expected = [tensor.cpu() for tensor in reference.run(fresh)]
-        differences[sizes] = max(relative_difference(run_session(s, named), expected) for s in sessions)
+        differences[values] = max(relative_difference(run_session(s, named), expected) for s in sessions)
     return differences
 
 
@@ -134,60 +133,10 @@ def _from_ort(value: Any) -> Tensor:
     return torch.from_numpy(value.numpy())
 
 
-@dataclasses.dataclass(frozen=True)
-class _Symbol:
-    """A dynamic size of the inputs: its name, dimension, size when traced, and the smallest allowed."""
-
-    name: str
-    kind: str
-    hint: int
-    smallest: int
-
-
-# For every kind of size, three that were not traced.
-_CHANGES: dict[str, tuple[Callable[[int], int], ...]] = {
-    "batch": (lambda n: n + 1, lambda n: n + 2, lambda n: n - 1),
-    "length": (lambda n: n - 1, lambda n: n // 2, lambda n: n + 1),
-    # A long prompt into an empty cache comes second.
-    "new": (lambda n: n - 1, lambda n: n + 3, lambda n: n + 1),
-    "past": (lambda n: n - 1, lambda n: 0, lambda n: n + 1),
-}
-
-
-def _sizes(program: ExportedProgram, smallest: int) -> list[Sizes]:
-    """Sizes to try, one entry for every dynamic dimension; inputs that were equally long stay so."""
-    symbols = _symbols(program, smallest)
-    if not symbols:
-        return [()]
-    return [tuple(max(s.smallest, _CHANGES[s.kind][i](s.hint)) for s in symbols) for i in range(3)]
-
-
-def _symbols(program: ExportedProgram, smallest: int) -> list[_Symbol]:
-    ranges = {str(symbol): int(bounds.lower) for symbol, bounds in program.range_constraints.items()}
-    found: dict[str, tuple[int, int, int]] = {}
-    for shape in _input_shapes(program):
-        for dim, size in enumerate(shape):
-            if isinstance(size, torch.SymInt) and str(size) in ranges:
-                found.setdefault(str(size), (dim, len(shape), _compat.size_hint(size)))
-    cached = any(dim > 1 and rank == 4 for dim, rank, _ in found.values()) and len(found) > 2
-    symbols = []
-    for name, (dim, _, hint) in found.items():
-        kind = "batch" if dim == 0 else ("past" if dim > 1 else "new") if cached else "length"
-        lowest = 0 if kind == "past" else smallest if ranges[name] <= 2 else ranges[name]
-        symbols.append(_Symbol(name, kind, hint, lowest))
-    return symbols
-
-
-def _input_shapes(program: ExportedProgram) -> list[tuple[int | torch.SymInt, ...]]:
-    users = set(program.graph_signature.user_inputs)
-    nodes = (n for n in program.graph.nodes if n.op == "placeholder" and n.name in users)
-    return [tuple(value.shape) for n in nodes if (value := tensor_of(n)) is not None]
-
-
-def _fresh_call(program: ExportedProgram, call: Call, sizes: Sizes, generator: torch.Generator) -> Call:
+def _fresh_call(program: ExportedProgram, call: Call, chosen: dict[str, int], generator: torch.Generator) -> Call:
     """``call`` with random tensors of other sizes, drawn from the values that the example has."""
-    known = {symbol.name: value for symbol, value in zip(_symbols(program, 1), sizes, strict=True)}
-    shapes = iter(_input_shapes(program))
+    known = values_at(program, chosen)
+    shapes = iter(input_shapes(program))
 
     def fresh(example: Tensor) -> Tensor:
         shape = [_compat.size_at(dim, known) for dim in next(shapes)]

@@ -16,6 +16,7 @@ from attnres_rewrite import _compat
 from attnres_rewrite.capture import Call
 from attnres_rewrite.errors import AttnResError
 from attnres_rewrite.onnx import function
+from attnres_rewrite.onnx.sizes import renamed, size_names
 
 if TYPE_CHECKING:
     from onnxscript import ir
@@ -51,6 +52,7 @@ class Conversion:
         call: The example inputs that the program was traced with.
         inputs: The name in ``model`` of every tensor of ``call``, in order.
         reference: What ``model`` is compared with.
+        standard: Whether all operators are those of ONNX; otherwise some are known to ONNX Runtime alone.
     """
 
     program: ExportedProgram
@@ -58,6 +60,7 @@ class Conversion:
     call: Call
     inputs: Sequence[str]
     reference: Reference
+    standard: bool = True
 
 
 def convert(program: ExportedProgram, opset_version: int) -> ir.Model:
@@ -94,6 +97,7 @@ def finish(conversion: Conversion, functions: bool, version: str) -> None:
     function.define(model, program, opset_version)
     _give_caches_every_batch(model)
     _name_folded_weights(model, program)
+    _name_sizes(model, program)
     sites = function.sites_of(program)
     owners = sorted({site.owner for site in sites})
     sources = {owner: [site.sources for site in sites if site.owner == owner] for owner in owners}
@@ -158,6 +162,18 @@ def _name_folded_weights(model: ir.Model, program: ExportedProgram) -> None:
         name = transposed.pop((tuple(tensor.shape.numpy()), tensor.tobytes()), None)
         if name is not None:
             value.name = f"{name}.transposed"
+
+
+def _name_sizes(model: ir.Model, program: ExportedProgram) -> None:
+    """Call the dynamic sizes batch, sequence and past_sequence in every shape of the graph."""
+    from onnxscript import ir
+
+    names = size_names(program)
+    values = [*model.graph.inputs, *model.graph.outputs, *(v for node in model.graph for v in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            texts = [renamed(str(getattr(dim, "value", dim)), names) for dim in value.shape]
+            value.shape = ir.Shape([int(t) if t.isdecimal() else None if t == "None" else t for t in texts])
 
 
 _CACHE = re.compile(r"(?:input\.|output\.)?past_key_values\.layers\.(\d+)\.(\w+)")

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from attnres_rewrite.backend import AttnResBackend
 from attnres_rewrite.capture import Call
+from attnres_rewrite.errors import AttnResError
 from attnres_rewrite.live import run_through
 from attnres_rewrite.onnx import function
 from attnres_rewrite.onnx.conversion import Conversion, OnnxExportError, Reference, cache_name
@@ -72,7 +73,15 @@ def export(
     with _own_forward(model):
         inputs = _with_cache(model, call.kwargs) if use_cache else {**call.kwargs, "use_cache": False}
         given = copy.deepcopy(inputs)
-        onnx_model: ir.Model = exporter.convert(model, given, OnnxConfig(**options))
+        try:
+            onnx_model: ir.Model = exporter.convert(model, given, OnnxConfig(**options))
+        except AttnResError:
+            raise
+        except Exception as error:
+            raise OnnxExportError(
+                f"transformers.exporters cannot export {type(model).__name__}: {error}\nTry other example_inputs, or "
+                "dynamic_shapes with fewer dynamic dimensions"
+            ) from error
     if ort_fusions is not None:
         fuse(onnx_model, ort_fusions)
     # What the exporter took out of the inputs are flags, which it sets in the model's configuration for the trace.
@@ -88,7 +97,9 @@ def export(
         asked = Call((), {**fresh.kwargs, **flags})
         return list(get_leaf_tensors(run_through(model, asked.run, AttnResBackend("eager"))).values())
 
-    return Conversion(exporter.program, onnx_model, Call((), tensors), names, Reference(run, _with_positions))
+    return Conversion(
+        exporter.program, onnx_model, Call((), tensors), names, Reference(run, _with_positions), ort_fusions is None
+    )
 
 
 def fuse(model: ir.Model, ort_fusions: str) -> None:
@@ -133,12 +144,22 @@ def _with_cache(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_positions(call: Call) -> Call:
     """``call`` with positions that follow the cache, and a mask that covers it."""
-    positions, cache = call.kwargs.get("position_ids"), call.kwargs.get("past_key_values")
-    if positions is None or cache is None or positions.dim() != 2:
+    arguments = dict(call.kwargs)
+    cache, ids = arguments.get("past_key_values"), arguments.get("input_ids")
+    if cache is None or ids is None:
         return call
     start = cache.get_seq_length()
-    following = torch.arange(start, start + positions.shape[1], device=positions.device)
-    return Call((), {**call.kwargs, "position_ids": following.expand_as(positions).clone()})
+    for name, value in call.kwargs.items():
+        if name == "position_ids" and value.dim() == 2:
+            following = torch.arange(start, start + ids.shape[1], device=value.device)
+            arguments[name] = following.expand(ids.shape).clone()
+        if name == "attention_mask" and value.dim() == 2:
+            mask = value.new_ones(ids.shape[0], start + ids.shape[1])
+            if start > 0:
+                # Padding on the left; but not where that is all that a token sees.
+                mask[1:, :1] = 0
+            arguments[name] = mask
+    return Call((), arguments)
 
 
 @contextlib.contextmanager
