@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 DOMAIN = "attnres"
 NAME = "BlockAttnRes"
 VERSION = 1
+_ONNX_TYPES = {torch.float32: 1, torch.float64: 11}
 _OP = torch.ops.attnres.block_attn_res.default
 
 
@@ -120,6 +121,7 @@ class _Form:
         parameter_dtype: Of the query and the gain.
         gain: Whether there is a key gain.
         sum: ``aggregation="sum"``.
+        scaled: Whether the scale is another one than 1.
         opset_version: Of the standard operators.
     """
 
@@ -129,12 +131,18 @@ class _Form:
     parameter_dtype: torch.dtype
     gain: bool
     sum: bool
+    scaled: bool
     opset_version: int
+
+    @property
+    def wide(self) -> torch.dtype:
+        """What the arithmetic is in."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @classmethod
     def of(cls, node: Node, opset_version: int) -> _Form:
         sources: Any
-        sources, query, gain, _, _, sum = node.args
+        sources, query, gain, _, scale, sum = node.args
         value = require_tensor(sources[0])
         return cls(
             sources=len(sources),
@@ -143,6 +151,7 @@ class _Form:
             parameter_dtype=require_tensor(query).dtype,
             gain=gain is not None,
             sum=bool(sum),
+            scaled=bool(scale != 1.0),
             opset_version=opset_version,
         )
 
@@ -150,7 +159,14 @@ class _Form:
     def overload(self) -> str:
         """What tells this form from the others of one model."""
         parts = [f"{self.sources}_sources", *([f"rank_{self.rank}"] if self.rank != 3 else [])]
-        return "_".join([*parts, *(["sum"] if self.sum else []), *([] if self.gain else ["no_gain"])])
+        differing = {
+            _name(self.dtype): self.dtype != torch.float32,
+            f"{_name(self.parameter_dtype)}_parameters": self.parameter_dtype != self.dtype,
+            "sum": self.sum,
+            "no_gain": not self.gain,
+            "scaled": self.scaled,
+        }
+        return "_".join([*parts, *(name for name, differs in differing.items() if differs)])
 
     def function(self) -> ir.Function:
         from onnx import parser
@@ -170,71 +186,89 @@ class _Form:
         n = self.sources
         sources = [f"v{i}" for i in range(n)]
         inputs = [*sources, "query", *(["gain"] if self.gain else [])]
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         shape = ", ".join(["0"] * (self.rank - 1))
         lines = [
             f"side_by_side = Concat <axis = -1> ({', '.join(sources[:-1])})",
             f"stacked_shape = Constant <value_ints = [{shape}, {n - 1}, -1]> ()",
             "stacked = Reshape (side_by_side, stacked_shape)",
-            f"blocks = {_cast('stacked', self.dtype, wide)}",
-            f"newest = {_cast(sources[-1], self.dtype, wide)}",
-            f"w = {_cast('query', self.parameter_dtype, wide)}",
-            *([f"g = {_cast('gain', self.parameter_dtype, wide)}", "wg = Mul (w, g)"] if self.gain else []),
-            "scale_given = Constant <value_float: float = @scale> ()",
-            "scale_wide = CastLike (scale_given, w)",
-            f"scaled = Mul ({'wg' if self.gain else 'w'}, scale_wide)",
+        ]
+
+        def widened(name: str, value: str, dtype: torch.dtype) -> str:
+            if dtype == self.wide:
+                return value
+            lines.append(f"{name} = Cast <to = {_ONNX_TYPES[self.wide]}> ({value})")
+            return name
+
+        blocks, newest = widened("blocks", "stacked", self.dtype), widened("newest", sources[-1], self.dtype)
+        w = widened("query_wide", "query", self.parameter_dtype)
+        if self.gain:
+            lines.append(f"w = Mul ({w}, {widened('gain_wide', 'gain', self.parameter_dtype)})")
+            w = "w"
+        if self.scaled:
+            lines += [
+                "scale_given = Constant <value_float: float = @scale> ()",
+                f"factor = CastLike (scale_given, {w})",
+            ]
+            lines.append(f"w_scaled = Mul ({w}, factor)")
+            w = "w_scaled"
+        lines += [
             "last = Constant <value_ints = [-1]> ()",
-            *self._dot_products(),
+            *self._dot_products(blocks, newest, w),
             "logits = Concat <axis = -1> (blocks_logits, newest_logit)",
             "alpha = Softmax <axis = -1> (logits)",
             f"split = Constant <value_ints = [{n - 1}, 1]> ()",
             "blocks_alpha, newest_alpha = Split <axis = -1> (alpha, split)",
             "before_last = Constant <value_ints = [-2]> ()",
             "row = Unsqueeze (blocks_alpha, before_last)",
-            "mixed = MatMul (row, blocks)",
+            f"mixed = MatMul (row, {blocks})",
             "from_blocks = Squeeze (mixed, before_last)",
-            "from_newest = Mul (newest_alpha, newest)",
-            "mean = Add (from_blocks, from_newest)",
+            f"from_newest = Mul (newest_alpha, {newest})",
         ]
-        result = "mean"
+        steps = ["Add (from_blocks, from_newest)"]
         if self.sum:
-            lines += [f"count = Constant <value_float = {float(n)}> ()", "count_wide = CastLike (count, mean)"]
-            lines += ["total = Mul (mean, count_wide)"]
-            result = "total"
-        lines.append(f"h = CastLike ({result}, v0)" if self.dtype != wide else f"h = Identity ({result})")
+            lines.append(f"count_given = Constant <value_float = {float(n)}> ()")
+            lines.append("count = CastLike (count_given, from_newest)")
+            steps.append("Mul ({}, count)")
+        if self.dtype != self.wide:
+            steps.append("CastLike ({}, v0)")
+        results = [*(f"mean{i}" for i in range(len(steps) - 1)), "h"]
+        for i, (name, step) in enumerate(zip(results, steps, strict=True)):
+            lines.append(f"{name} = {step.format(results[i - 1])}")
         body = "\n".join(f"    {line}" for line in lines)
         return (
             f'<opset_import: ["" : {self.opset_version}], domain: "{DOMAIN}", overload: "{self.overload}">\n'
             f"{NAME} <eps, scale, aggregation> ({', '.join(inputs)}) => (h) {{\n{body}\n}}"
         )
 
-    def _dot_products(self) -> list[str]:
+    def _dot_products(self, blocks: str, newest: str, w: str) -> list[str]:
         """``<w, k_i>`` of the sources; RMSNormalization, which multiplies by w on the way, came with opset 23."""
         if self.opset_version >= 23:
             norm = "RMSNormalization <axis = -1, epsilon: float = @eps>"
             return [
-                f"blocks_products = {norm} (blocks, scaled)",
+                f"blocks_products = {norm} ({blocks}, {w})",
                 "blocks_logits = ReduceSum <keepdims = 0> (blocks_products, last)",
-                f"newest_products = {norm} (newest, scaled)",
+                f"newest_products = {norm} ({newest}, {w})",
                 "newest_logit = ReduceSum <keepdims = 1> (newest_products, last)",
             ]
-        lines = ["eps_given = Constant <value_float: float = @eps> ()", "eps_wide = CastLike (eps_given, w)"]
-        for name, result, keep in (("blocks", "blocks_logits", 0), ("newest", "newest_logit", 1)):
+        lines = ["eps_given = Constant <value_float: float = @eps> ()", f"eps_wide = CastLike (eps_given, {w})"]
+        for name, value, result, keep in (
+            ("blocks", blocks, "blocks_logits", 0),
+            ("newest", newest, "newest_logit", 1),
+        ):
             lines += [
-                f"{name}_squares = Mul ({name}, {name})",
+                f"{name}_squares = Mul ({value}, {value})",
                 f"{name}_mean = ReduceMean <keepdims = {keep}> ({name}_squares, last)",
                 f"{name}_mean_eps = Add ({name}_mean, eps_wide)",
                 f"{name}_rms = Sqrt ({name}_mean_eps)",
-                f"{name}_products = Mul ({name}, scaled)",
+                f"{name}_products = Mul ({value}, {w})",
                 f"{name}_sum = ReduceSum <keepdims = {keep}> ({name}_products, last)",
                 f"{result} = Div ({name}_sum, {name}_rms)",
             ]
         return lines
 
 
-def _cast(name: str, dtype: torch.dtype, wide: torch.dtype) -> str:
-    to = {torch.float32: 1, torch.float64: 11}[wide]
-    return f"Identity ({name})" if dtype == wide else f"Cast <to = {to}> ({name})"
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 _DESCRIPTION = """Block Attention Residuals (arXiv:2603.15031) over {n} sources v0 ... v{last}, [..., D] each:
