@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 
 
 def rewrite_exported(
-    program: ExportedProgram, config: AttnResConfig, recorded: Mapping[str, Sequence[int]] | None = None
+    program: ExportedProgram, config: AttnResConfig, recorded: Mapping[str, Sequence[Sequence[int]]] | None = None
 ) -> ExportedProgram:
     """A new program with Block AttnRes; ``program`` is not changed.
 
@@ -34,8 +34,8 @@ def rewrite_exported(
     Args:
         program: What to rewrite.
         config: How.
-        recorded: For the streams of a model that was rewritten before, by owner: the number of branch outputs in every
-            block. Without it the layers are grouped as ``config`` says.
+        recorded: For the streams of a model that was rewritten before, by owner and in graph order: the number of
+            branch outputs in every block. Without it the layers are grouped as ``config`` says.
 
     Raises:
         UnsupportedResidualError, NoResidualStreamError, BlockPartitionError: As in ``rewrite``.
@@ -45,7 +45,7 @@ def rewrite_exported(
     module.meta.update(program.graph_module.meta)
     plans = analyse([module], config).plans
     if recorded is not None:
-        plans = tuple(_recorded(plan.stream, recorded[plan.stream.owner]) for plan in plans)
+        plans = _recorded([plan.stream for plan in plans], recorded)
     binder = _Binder(program, module, config)
     sites = insert(module, plans, binder.parameters, config)
     return ExportedProgram(
@@ -61,13 +61,19 @@ def rewrite_exported(
     )
 
 
-def _recorded(stream: ResidualStream, block_sizes: Sequence[int]) -> StreamPlan:
-    if len(stream.branches) != sum(block_sizes):
-        raise GraphBreakError(
-            f"module {stream.owner or '(root)'!r} was rewritten with {sum(block_sizes)} AttnRes sites, but its program "
-            f"has {len(stream.branches)} branch outputs: export it with the arguments that it was rewritten with"
-        )
-    return StreamPlan.recorded(stream, block_sizes)
+def _recorded(
+    streams: Sequence[ResidualStream], recorded: Mapping[str, Sequence[Sequence[int]]]
+) -> tuple[StreamPlan, ...]:
+    found = {owner: [s for s in streams if s.owner == owner] for owner in recorded}
+    for owner, blocks in recorded.items():
+        counts, expected = [len(s.branches) for s in found[owner]], [sum(sizes) for sizes in blocks]
+        if counts != expected:
+            raise GraphBreakError(
+                f"module {owner or '(root)'!r} was rewritten with {expected} AttnRes sites, but its program has "
+                f"{counts} branch outputs: export it with the arguments that it was rewritten with"
+            )
+    sizes = {owner: iter(blocks) for owner, blocks in recorded.items()}
+    return tuple(StreamPlan.recorded(stream, next(sizes[stream.owner])) for stream in streams)
 
 
 def _module_calls(

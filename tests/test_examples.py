@@ -1,5 +1,6 @@
 """Every example runs as a script and shows what it says."""
 
+import json
 import re
 import subprocess
 import sys
@@ -47,6 +48,21 @@ def test_export_onnx():
     assert difference(text, r"largest relative difference (\S+)") < 1e-4
     assert "logits [3, 24, 256]" in text
     assert difference(text, r"256\], (\S+) from PyTorch") < 1e-4
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", pytest.param("qwen3", marks=pytest.mark.slow), pytest.param("gpt2", marks=pytest.mark.slow)]
+)
+def test_onnx_generate(kind):
+    text = run("onnx_generate.py", kind)
+    runs = re.findall(r"^(.+): (\d+) tokens a second: (\[.*\])$", text, flags=re.MULTILINE)
+    assert [by for by, *_ in runs] == ["PyTorch, first run", "ONNX Runtime, first run", "PyTorch", "ONNX Runtime"], text
+    expected, *others = (json.loads(tokens) for *_, tokens in runs)
+    assert len(expected) == 64
+    assert others == [expected] * 3
+    # Not one token that follows itself for ever.
+    assert len(set(expected)) > 8
+    assert text.endswith("the same tokens\n")
 
 
 def test_graph_module():

@@ -274,6 +274,32 @@ def fusions(nodes: Iterable[tuple[str, str]]) -> Counter[str]:
     return Counter(name.removeprefix("Skip") for name in names)
 
 
+class Twins(nn.Module):
+    """Two streams, one after the other, in one forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.others = Tower(2).layers, Tower(3).layers
+        self.between, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layers in (self.layers, self.others):
+            for layer in layers:
+                x = x + layer.first(x)
+                x = x + layer.second(x)
+            x = self.between(self.norm(x))
+        return x
+
+
+def test_several_streams_of_one_module(tmp_path: Path) -> None:
+    model = randomise_sites(ar.rewrite(Twins().eval(), blocks=2, example_inputs=embeddings(), backend="eager"))
+    result = ar.export_onnx(model, tmp_path / "model.onnx", embeddings())
+    assert result.sites == 10
+    x = embeddings(3, 9, seed=1)
+    with torch.no_grad():
+        torch.testing.assert_close(run(result.path, x=x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_large_weights_go_beside_the_file(tmp_path: Path, tower: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "_LARGEST_FILE", 100)
     result = ar.export_onnx(tower, tmp_path / "model.onnx", embeddings())
@@ -320,6 +346,12 @@ def test_paths_that_cannot_be_written(tmp_path: Path, tower: nn.Module) -> None:
         ar.export_onnx(tower, tmp_path, embeddings())
     with pytest.raises(ar.OnnxExportError, match=r"cannot write model.onnx in /proc"):
         ar.export_onnx(tower, "/proc/model.onnx", embeddings())
+
+
+@pytest.mark.parametrize("version", [7, 99])
+def test_opsets_that_cannot_be_written(tmp_path: Path, tower: nn.Module, version: int) -> None:
+    with pytest.raises(ar.OnnxExportError, match=rf"opset_version is {version}: torch.onnx writes 18 and newer"):
+        ar.export_onnx(tower, tmp_path / "model.onnx", embeddings(), opset_version=version)
 
 
 def test_plain_models_are_errors_that_name_the_next_step(tmp_path: Path) -> None:

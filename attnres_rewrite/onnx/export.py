@@ -37,6 +37,7 @@ _SUPPORTED = {
     *_TOLERANCES,
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
 }
+_OLDEST_OPSET = 18
 # A protobuf message holds at most 2 GiB; what is not weights takes a part of it.
 _LARGEST_FILE = 1_900_000_000
 
@@ -99,7 +100,7 @@ def export_onnx(
         dynamic_shapes: As for ``torch.export.export``. By default the first two dimensions (batch and
             sequence) of every integer input, and the first of every other, are dynamic, and with a cache whatever the
             model leaves open. Ignored for an ``ExportedProgram``, which has its own.
-        opset_version: ONNX opset; norms are single nodes from 23 on.
+        opset_version: ONNX opset, at least 18; RMS norms are single nodes from 23 on.
         functions: Whether a site is a call of a function; otherwise its operators stand in the graph.
         ort_fusions: Fuse attention, rotary embeddings and norms into operators that only ONNX Runtime has, for this
             execution provider. For Hugging Face models.
@@ -107,12 +108,13 @@ def export_onnx(
             a wrong source makes a difference of the order of one.
 
     Raises:
-        OnnxExportError: The path cannot be written, the model has a dtype that ONNX lacks, torch.export or the ONNX
-            exporter failed, or the comparison exceeds ``tolerance``.
+        OnnxExportError: The path cannot be written, there is no such opset, the model has a dtype that ONNX Runtime
+            lacks, torch.export or the ONNX exporter failed, or the comparison exceeds ``tolerance``.
         AttnResError: ``model`` was not rewritten.
         MissingPackageError: onnx, onnxscript or onnxruntime is missing (extra ``onnx``).
     """
     _require_packages()
+    _require_opset(opset_version)
     target = Path(path)
     _require_rewritten(model)
     with _temporary_folder(target) as folder, _evaluating(model):
@@ -149,6 +151,17 @@ def _require_packages() -> None:
             __import__(name)
         except ImportError as error:
             raise MissingPackageError("export_onnx", name, "onnx") from error
+
+
+def _require_opset(version: int) -> None:
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if not _OLDEST_OPSET <= version <= newest:
+        raise OnnxExportError(
+            f"opset_version is {version}: torch.onnx writes {_OLDEST_OPSET} and newer, and the installed onnx "
+            f"{onnx.__version__} knows up to {newest}"
+        )
 
 
 @contextlib.contextmanager
@@ -198,10 +211,10 @@ def _converted(
         else:
             config, blocks = _recorded(model)
             with _plain(model):
-                if huggingface.is_supported(model, call):
+                if (keywords := huggingface.by_keywords(model, call)) is not None:
                     return huggingface.export(
                         model,
-                        call,
+                        keywords,
                         lambda program: rewrite_exported(program, config, blocks),
                         use_cache=use_cache,
                         dynamic_shapes=dynamic_shapes,
@@ -213,21 +226,18 @@ def _converted(
     if use_cache or ort_fusions:
         option = "use_cache" if use_cache else "ort_fusions"
         raise OnnxExportError(
-            f"{option} is for Hugging Face models that are given by themselves, called by keywords, and needs "
-            f"transformers with transformers.exporters; this is a {type(model).__name__}"
+            f"{option} is for Hugging Face models that are given by themselves, and needs a transformers with "
+            f"transformers.exporters (5.17 or newer); this is a {type(model).__name__}"
         )
     _require_supported(program.state_dict, call)
     inputs = [node.name for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
     return Conversion(program, convert(program, opset_version), call, inputs, reference)
 
 
-def _recorded(model: nn.Module) -> tuple[AttnResConfig, dict[str, tuple[int, ...]]]:
+def _recorded(model: nn.Module) -> tuple[AttnResConfig, dict[str, tuple[tuple[int, ...], ...]]]:
     """The configuration of a live model, and how the branch outputs of its streams are in blocks, by owner."""
     specs = [AnchorSpec.from_json(forward.spec) for _, forward in require_live(model, "export_onnx")]
-    if any(len(spec.sites) > 1 for spec in specs):
-        names = [spec.owner for spec in specs if len(spec.sites) > 1]
-        raise OnnxExportError(f"modules {names} hold several residual streams each, which cannot be exported yet")
-    blocks = {spec.owner: spec.blocks[0] for spec in specs}
+    blocks = {spec.owner: spec.blocks for spec in specs}
     return dataclasses.replace(specs[0].config, streams=tuple(blocks)), blocks
 
 

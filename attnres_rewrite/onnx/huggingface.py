@@ -10,6 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import inspect
+import io
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -30,15 +33,19 @@ if TYPE_CHECKING:
 
 
 Rewrite = Callable[[ExportedProgram], ExportedProgram]
+_logger = logging.getLogger(__name__)
 
 
-def is_supported(model: nn.Module, call: Call) -> bool:
-    """Whether ``model`` is a Hugging Face model, called by keywords, and its exporters are installed."""
-    if "transformers" not in sys.modules or call.args:
-        return False
+def by_keywords(model: nn.Module, call: Call) -> Call | None:
+    """``call`` with keyword arguments alone, if ``model`` is a Hugging Face model and its exporters are installed."""
+    if "transformers" not in sys.modules or importlib.util.find_spec("transformers.exporters") is None:
+        return None
     from transformers import PreTrainedModel
 
-    return isinstance(model, PreTrainedModel) and importlib.util.find_spec("transformers.exporters") is not None
+    if not isinstance(model, PreTrainedModel):
+        return None
+    names = list(inspect.signature(model.forward).parameters)
+    return Call((), {**dict(zip(names, call.args, strict=False)), **call.kwargs})
 
 
 def export(
@@ -73,8 +80,11 @@ def export(
     with _own_forward(model):
         inputs = _with_cache(model, call.kwargs) if use_cache else {**call.kwargs, "use_cache": False}
         given = copy.deepcopy(inputs)
+        progress = io.StringIO()
         try:
-            onnx_model: ir.Model = exporter.convert(model, given, OnnxConfig(**options))
+            # The exporters print what they are at.
+            with contextlib.redirect_stdout(progress):
+                onnx_model: ir.Model = exporter.convert(model, given, OnnxConfig(**options))
         except AttnResError:
             raise
         except Exception as error:
@@ -84,6 +94,7 @@ def export(
             ) from error
     if ort_fusions is not None:
         fuse(onnx_model, ort_fusions)
+    _logger.debug("%s", progress.getvalue())
     # What the exporter took out of the inputs are flags, which it sets in the model's configuration for the trace.
     flags = {name: value for name, value in inputs.items() if name not in given}
     tensors = {name: value for name, value in inputs.items() if name in given}
