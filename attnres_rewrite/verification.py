@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -117,11 +118,22 @@ def _outputs(model: nn.Module, call: Call, backend: AttnResBackend) -> list[Tens
 
 
 def relative_difference(outputs: list[Tensor], references: list[Tensor]) -> float:
-    """Largest difference of any two tensors, relative to the largest value of the reference."""
+    """Largest difference of any two tensors, relative to the largest value of the reference; infinite for NaN.
+
+    Infinite also where shapes differ. Tensors of integers are not compared.
+    """
     largest = 0.0
     for output, reference in zip(outputs, references, strict=True):
         if not reference.is_floating_point() or reference.numel() == 0:
             continue
-        scale = reference.abs().max().item() or 1.0
-        largest = max(largest, (output.to(reference.dtype) - reference).abs().max().item() / scale)
+        if output.shape != reference.shape:
+            return math.inf
+        finite = reference[reference.isfinite()]
+        scale = (finite.abs().max().item() if finite.numel() else 0.0) or 1.0
+        output = output.to(reference.dtype)
+        # Infinities, as in masked scores, are no difference where both have them.
+        difference = torch.where(output == reference, 0.0, (output - reference).abs()).max().item() / scale
+        if math.isnan(difference):
+            return math.inf
+        largest = max(largest, difference)
     return largest

@@ -1,11 +1,14 @@
 """verify: passes on a right rewrite, fails on a wrong one, and leaves the model as it was."""
 
+import math
+
 import pytest
 import torch
 from models import Tower, embeddings, llama, randomise_sites, token_ids
 
 import attnres_rewrite as ar
 from attnres_rewrite.passes import CheckRewrite, insert_attnres
+from attnres_rewrite.verification import relative_difference
 
 
 def test_a_trained_model_passes_and_keeps_its_queries() -> None:
@@ -52,3 +55,15 @@ def test_a_wrong_source_list_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_plain_model_is_an_error() -> None:
     with pytest.raises(ar.AttnResError, match="call rewrite"):
         ar.verify(Tower(), embeddings())
+
+
+def test_a_difference_is_never_lost_in_nan() -> None:
+    ones, inf = torch.ones(2, 3), torch.tensor([1.0, -torch.inf])
+    nan = torch.where(torch.eye(2, 3) > 0, torch.nan, ones)
+    assert relative_difference([ones, ones], [ones, ones]) == 0.0
+    assert relative_difference([nan, ones], [ones, ones]) == math.inf
+    assert relative_difference([ones, ones], [nan, ones]) == math.inf
+    assert relative_difference([inf], [inf]) == 0.0
+    assert relative_difference([torch.tensor([2.0, -torch.inf])], [inf]) == 1.0
+    assert relative_difference([torch.tensor([1.0, 0.0])], [inf]) == math.inf
+    assert relative_difference([ones[:1]], [ones]) == math.inf

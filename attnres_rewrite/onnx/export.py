@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from attnres_rewrite import _compat
@@ -27,6 +27,7 @@ from attnres_rewrite.live import run_through
 from attnres_rewrite.onnx import function, huggingface
 from attnres_rewrite.onnx.comparison import compare
 from attnres_rewrite.onnx.conversion import Conversion, OnnxExportError, Reference, convert, finish
+from attnres_rewrite.onnx.sizes import default_dynamic_dims
 
 if TYPE_CHECKING:
     from onnxscript import ir
@@ -98,8 +99,8 @@ def export_onnx(
             outputs ``logits`` ``[B, T, vocabulary]`` and ``present.<layer>.key`` and ``.value``. P may be zero, which
             is a prompt, and T one, which is a step of generation.
         dynamic_shapes: As for ``torch.export.export``. By default the first two dimensions (batch and
-            sequence) of every integer input, and the first of every other, are dynamic, and with a cache whatever the
-            model leaves open. Ignored for an ``ExportedProgram``, which has its own.
+            sequence) of every integer input, and the first of every other, are dynamic; of a cache whatever the model
+            leaves open. Ignored for an ``ExportedProgram``, which has its own.
         opset_version: ONNX opset, at least 18; RMS norms are single nodes from 23 on.
         functions: Whether a site is a call of a function; otherwise its operators stand in the graph.
         ort_fusions: Fuse attention, rotary embeddings and norms into operators that only ONNX Runtime has, for this
@@ -300,10 +301,7 @@ def _outputs_of(module: nn.Module) -> Any:
 
 def _default_dynamic_shapes(call: Call) -> Any:
     def dynamic(value: object) -> Any:
-        if not isinstance(value, Tensor):
-            return None
-        count = 1 if value.is_floating_point() else 2
-        return dict.fromkeys(range(min(count, value.dim())), Dim.DYNAMIC)
+        return default_dynamic_dims(value) if isinstance(value, Tensor) else None
 
     if not call.kwargs:
         return tuple(dynamic(value) for value in call.args)

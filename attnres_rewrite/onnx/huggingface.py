@@ -27,6 +27,7 @@ from attnres_rewrite.errors import AttnResError
 from attnres_rewrite.live import run_through
 from attnres_rewrite.onnx import function
 from attnres_rewrite.onnx.conversion import Conversion, OnnxExportError, Reference, cache_name
+from attnres_rewrite.onnx.sizes import default_dynamic_dims
 
 if TYPE_CHECKING:
     from onnxscript import ir
@@ -76,15 +77,16 @@ def export(
     from transformers.exporters.utils import get_leaf_tensors
 
     exporter = _rewriting_exporter(rewrite)
-    options = {"dynamic": True, "dynamic_shapes": dynamic_shapes, "opset_version": opset_version}
     with _own_forward(model):
         inputs = _with_cache(model, call.kwargs) if use_cache else {**call.kwargs, "use_cache": False}
         given = copy.deepcopy(inputs)
+        shapes = _default_dynamic_shapes(inputs) if dynamic_shapes is None else dynamic_shapes
+        config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=opset_version)
         progress = io.StringIO()
         try:
             # The exporters print what they are at.
             with contextlib.redirect_stdout(progress):
-                onnx_model: ir.Model = exporter.convert(model, given, OnnxConfig(**options))
+                onnx_model: ir.Model = exporter.convert(model, given, config)
         except AttnResError:
             raise
         except Exception as error:
@@ -124,6 +126,18 @@ def fuse(model: ir.Model, ort_fusions: str) -> None:
     except ImportError as error:
         raise OnnxExportError("ort_fusions needs transformers 5.23 or newer, which brings the fusions") from error
     fuse_for_onnxruntime(model, ort_fusions)
+
+
+def _default_dynamic_shapes(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
+
+    return {
+        # Of a cache, which dimension is the length is known to its layers alone.
+        name: default_dynamic_dims(value) if isinstance(value, Tensor) else get_auto_dynamic_shapes(value)
+        for name, value in inputs.items()
+        # Flags are no inputs of the program.
+        if not isinstance(value, bool)
+    }
 
 
 def _with_cache(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch.export import ExportedProgram
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
 
 from attnres_rewrite import _compat
 from attnres_rewrite.graph import tensor_of
@@ -46,6 +48,12 @@ _CHANGES: dict[str, tuple[Callable[[int], int], ...]] = {
     "token": (lambda n: n - 1, lambda n: n + 3, lambda n: n + 1),
     "past_sequence": (lambda n: n - 1, lambda n: 0, lambda n: n + 1),
 }
+
+
+def default_dynamic_dims(tensor: Tensor) -> dict[int, Any]:
+    """Batch and sequence, the first two dimensions, of integers; the batch of everything else."""
+    count = 1 if tensor.is_floating_point() else 2
+    return dict.fromkeys(range(min(count, tensor.dim())), Dim.DYNAMIC)
 
 
 def dynamic_sizes(program: ExportedProgram, smallest: int = 1) -> list[DynamicSize]:
