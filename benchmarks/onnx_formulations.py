@@ -1,6 +1,7 @@
 """Ways to write a site in ONNX, for ``benchmarks/onnx.py`` to compare with the one that the package writes.
 
-Each is the body of the function ``attnres::BlockAttnRes`` over n sources ``v0 ... [B, T, D]`` in ONNX's textual form.
+The package concatenates all sources, and does everything once on the stack. Each of these is another body of the
+function ``attnres::BlockAttnRes`` over n sources ``v0 ... [B, T, D]``, in ONNX's textual form.
 """
 
 from __future__ import annotations
@@ -44,19 +45,36 @@ def per_source(n: int) -> str:
     h = Sum ({names("m", n)})"""
 
 
-def concatenated(n: int) -> str:
-    """All sources stacked, and everything done once on the stack."""
+def newest_apart(n: int) -> str:
+    """All sources but the newest stacked: a stack that the sites of a block share, as equal nodes are merged."""
+    return f"""{WEIGHT}{STACK.format(sources=names("v", n - 1), n=n - 1)}
+    k = {NORM} (v, scaled)
+    stack_logits = ReduceSum <keepdims = 0> (k, last)
+    newest_k = {NORM} (v{n - 1}, scaled)
+    newest_logit = ReduceSum <keepdims = 1> (newest_k, last)
+    logits = Concat <axis = -1> (stack_logits, newest_logit)
+    alpha = Softmax <axis = -1> (logits)
+    split = Constant <value_ints = [{n - 1}, 1]> ()
+    stack_alpha, newest_alpha = Split <axis = -1> (alpha, split)
+    row = Unsqueeze (stack_alpha, before_last)
+    mixed = MatMul (row, v)
+    from_stack = Squeeze (mixed, before_last)
+    from_newest = Mul (newest_alpha, v{n - 1})
+    h = Add (from_stack, from_newest)"""
+
+
+def product_and_sum(n: int) -> str:
+    """The stack times its weights, and a sum, in place of the MatMul."""
     return f"""{WEIGHT}{STACK.format(sources=names("v", n), n=n)}
     k = {NORM} (v, scaled)
-    logits = ReduceSum <keepdims = 0> (k, last)
-    alpha = Softmax <axis = -1> (logits)
-    row = Unsqueeze (alpha, before_last)
-    mixed = MatMul (row, v)
-    h = Squeeze (mixed, before_last)"""
+    logits = ReduceSum <keepdims = 1> (k, last)
+    alpha = Softmax <axis = -2> (logits)
+    weighted = Mul (v, alpha)
+    h = ReduceSum <keepdims = 0> (weighted, before_last)"""
 
 
-def concatenated_matmul(n: int) -> str:
-    """As ``concatenated``, with the dot products as a product of matrices and the norms of the sources apart."""
+def logits_by_matmul(n: int) -> str:
+    """The dot products as a product of matrices, and the norms of the sources apart."""
     return f"""{WEIGHT}{STACK.format(sources=names("v", n), n=n)}
     dot = MatMul (v, scaled)
     squares = Mul (v, v)
@@ -93,8 +111,9 @@ def attention(n: int) -> str:
 
 FORMULATIONS: dict[str, Callable[[int], str]] = {
     "per source": per_source,
-    "concatenated": concatenated,
-    "concatenated, MatMul": concatenated_matmul,
+    "newest apart": newest_apart,
+    "product and sum": product_and_sum,
+    "logits by MatMul": logits_by_matmul,
     "Attention": attention,
 }
 

@@ -177,20 +177,15 @@ class _Form:
         return function
 
     def _text(self) -> str:
-        """The function in ONNX's textual form.
-
-        All sources but the last are stacked. Those are complete blocks, the same ones at every site of a block, and so
-        ONNX Runtime, which merges equal nodes, stacks them once a block. Measured against other ways to write it in
-        ``benchmarks/onnx_formulations.py``.
-        """
+        """The function in ONNX's textual form; ``benchmarks/onnx.py`` compares it with other ways to write it."""
         n = self.sources
         sources = [f"v{i}" for i in range(n)]
         inputs = [*sources, "query", *(["gain"] if self.gain else [])]
         shape = ", ".join(["0"] * (self.rank - 1))
         lines = [
-            f"side_by_side = Concat <axis = -1> ({', '.join(sources[:-1])})",
-            f"stacked_shape = Constant <value_ints = [{shape}, {n - 1}, -1]> ()",
-            "stacked = Reshape (side_by_side, stacked_shape)",
+            f"side_by_side = Concat <axis = -1> ({', '.join(sources)})",
+            f"shape = Constant <value_ints = [{shape}, {n}, -1]> ()",
+            "stacked = Reshape (side_by_side, shape)",
         ]
 
         def widened(name: str, value: str, dtype: torch.dtype) -> str:
@@ -199,35 +194,28 @@ class _Form:
             lines.append(f"{name} = Cast <to = {_ONNX_TYPES[self.wide]}> ({value})")
             return name
 
-        blocks, newest = widened("blocks", "stacked", self.dtype), widened("newest", sources[-1], self.dtype)
+        v = widened("v", "stacked", self.dtype)
         w = widened("query_wide", "query", self.parameter_dtype)
         if self.gain:
             lines.append(f"w = Mul ({w}, {widened('gain_wide', 'gain', self.parameter_dtype)})")
             w = "w"
         if self.scaled:
-            lines += [
-                "scale_given = Constant <value_float: float = @scale> ()",
-                f"factor = CastLike (scale_given, {w})",
-            ]
+            lines.append("scale_given = Constant <value_float: float = @scale> ()")
+            lines.append(f"factor = CastLike (scale_given, {w})")
             lines.append(f"w_scaled = Mul ({w}, factor)")
             w = "w_scaled"
         lines += [
             "last = Constant <value_ints = [-1]> ()",
-            *self._dot_products(blocks, newest, w),
-            "logits = Concat <axis = -1> (blocks_logits, newest_logit)",
+            *self._logits(v, w),
             "alpha = Softmax <axis = -1> (logits)",
-            f"split = Constant <value_ints = [{n - 1}, 1]> ()",
-            "blocks_alpha, newest_alpha = Split <axis = -1> (alpha, split)",
             "before_last = Constant <value_ints = [-2]> ()",
-            "row = Unsqueeze (blocks_alpha, before_last)",
-            f"mixed = MatMul (row, {blocks})",
-            "from_blocks = Squeeze (mixed, before_last)",
-            f"from_newest = Mul (newest_alpha, {newest})",
+            "row = Unsqueeze (alpha, before_last)",
+            f"mixed = MatMul (row, {v})",
         ]
-        steps = ["Add (from_blocks, from_newest)"]
+        steps = ["Squeeze (mixed, before_last)"]
         if self.sum:
             lines.append(f"count_given = Constant <value_float = {float(n)}> ()")
-            lines.append("count = CastLike (count_given, from_newest)")
+            lines.append("count = CastLike (count_given, mixed)")
             steps.append("Mul ({}, count)")
         if self.dtype != self.wide:
             steps.append("CastLike ({}, v0)")
@@ -240,31 +228,24 @@ class _Form:
             f"{NAME} <eps, scale, aggregation> ({', '.join(inputs)}) => (h) {{\n{body}\n}}"
         )
 
-    def _dot_products(self, blocks: str, newest: str, w: str) -> list[str]:
+    def _logits(self, v: str, w: str) -> list[str]:
         """``<w, k_i>`` of the sources; RMSNormalization, which multiplies by w on the way, came with opset 23."""
         if self.opset_version >= 23:
-            norm = "RMSNormalization <axis = -1, epsilon: float = @eps>"
             return [
-                f"blocks_products = {norm} ({blocks}, {w})",
-                "blocks_logits = ReduceSum <keepdims = 0> (blocks_products, last)",
-                f"newest_products = {norm} ({newest}, {w})",
-                "newest_logit = ReduceSum <keepdims = 1> (newest_products, last)",
+                f"products = RMSNormalization <axis = -1, epsilon: float = @eps> ({v}, {w})",
+                "logits = ReduceSum <keepdims = 0> (products, last)",
             ]
-        lines = ["eps_given = Constant <value_float: float = @eps> ()", f"eps_wide = CastLike (eps_given, {w})"]
-        for name, value, result, keep in (
-            ("blocks", blocks, "blocks_logits", 0),
-            ("newest", newest, "newest_logit", 1),
-        ):
-            lines += [
-                f"{name}_squares = Mul ({value}, {value})",
-                f"{name}_mean = ReduceMean <keepdims = {keep}> ({name}_squares, last)",
-                f"{name}_mean_eps = Add ({name}_mean, eps_wide)",
-                f"{name}_rms = Sqrt ({name}_mean_eps)",
-                f"{name}_products = Mul ({value}, {w})",
-                f"{name}_sum = ReduceSum <keepdims = {keep}> ({name}_products, last)",
-                f"{result} = Div ({name}_sum, {name}_rms)",
-            ]
-        return lines
+        return [
+            "eps_given = Constant <value_float: float = @eps> ()",
+            f"eps_wide = CastLike (eps_given, {w})",
+            f"squares = Mul ({v}, {v})",
+            "mean_square = ReduceMean <keepdims = 0> (squares, last)",
+            "mean_square_eps = Add (mean_square, eps_wide)",
+            "rms = Sqrt (mean_square_eps)",
+            f"products = Mul ({v}, {w})",
+            "dot = ReduceSum <keepdims = 0> (products, last)",
+            "logits = Div (dot, rms)",
+        ]
 
 
 def _name(dtype: torch.dtype) -> str:
