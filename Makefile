@@ -80,6 +80,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/checkpointing.py
+	$(BIN)/python benchmarks/onnx.py
+	$(BIN)/python benchmarks/quantization.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache torch_compile_debug

@@ -133,6 +133,7 @@ def test_a_refusal_as_json(run):
     assert told["message"].startswith("no residual stream was found")
 
 
+@pytest.mark.slow
 def test_export_a_configuration_with_weights_of_the_plain_model(run, folder, tmp_path):
     from transformers import AutoConfig, LlamaForCausalLM
 

@@ -43,6 +43,7 @@ def test_compile_backend():
     assert difference(text, r"plain residuals: largest difference (\S+)") > 0.1
 
 
+@pytest.mark.slow
 def test_export_onnx():
     text = run("export_onnx.py")
     assert difference(text, r"largest relative difference (\S+)") < 1e-4
@@ -50,9 +51,8 @@ def test_export_onnx():
     assert difference(text, r"256\], (\S+) from PyTorch") < 1e-4
 
 
-@pytest.mark.parametrize(
-    "kind", ["llama", pytest.param("qwen3", marks=pytest.mark.slow), pytest.param("gpt2", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
 def test_onnx_generate(kind):
     text = run("onnx_generate.py", kind)
     runs = re.findall(r"^(.+): (\d+) tokens a second: (\[.*\])$", text, flags=re.MULTILINE)

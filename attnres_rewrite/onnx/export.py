@@ -21,7 +21,7 @@ from attnres_rewrite.api import disabled, require_live
 from attnres_rewrite.backend import AttnResBackend
 from attnres_rewrite.capture import Call, ExampleInputs, example_call
 from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.errors import AttnResError, MissingPackageError
+from attnres_rewrite.errors import AttnResError, ExampleInputsError, MissingPackageError
 from attnres_rewrite.exported import rewrite_exported
 from attnres_rewrite.live import run_through
 from attnres_rewrite.onnx import function, huggingface
@@ -112,6 +112,7 @@ def export_onnx(
         OnnxExportError: The path cannot be written, there is no such opset, the model has a dtype that ONNX Runtime
             lacks, torch.export or the ONNX exporter failed, or the comparison exceeds ``tolerance``.
         AttnResError: ``model`` was not rewritten.
+        ExampleInputsError: The example inputs are missing or of the wrong kind.
         MissingPackageError: onnx, onnxscript or onnxruntime is missing (extra ``onnx``).
     """
     _require_packages()
@@ -314,6 +315,8 @@ def _program_call(program: ExportedProgram, example_inputs: ExampleInputs | None
     if example_inputs is None and program.example_inputs is not None:
         args, kwargs = program.example_inputs
         return Call(tuple(args), dict(kwargs))
+    if example_inputs is None:
+        raise ExampleInputsError("this ExportedProgram carries no example inputs: pass example_inputs")
     if isinstance(example_inputs, Mapping):
         return Call((), dict(example_inputs))
     return Call(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {})
@@ -333,11 +336,11 @@ def _check(conversion: Conversion, path: Path) -> dict[tuple[int, ...], float]:
         if conversion.standard:
             onnx.checker.check_model(str(path), full_check=True)
         return compare(conversion, path)
-    except OnnxExportError:
+    except AttnResError:
         raise
     except Exception as error:
         raise OnnxExportError(
-            f"the exported model cannot be run: {type(error).__name__}: {error}; no file was written"
+            f"the exported model could not be checked: {type(error).__name__}: {error}; no file was written"
         ) from error
 
 
