@@ -202,6 +202,18 @@ def size_at(size: int | torch.SymInt, known: Mapping[str, int]) -> int:
     return int(expression.subs(values)) if len(values) == len(expression.free_symbols) else size_hint(size)
 
 
+def bounds(values: Any) -> tuple[int, float]:
+    """Smallest and largest value of a range constraint of an exported program."""
+    upper = values.upper
+    return int(values.lower), float("inf") if str(upper) in ("int_oo", "oo") else int(upper)
+
+
+def keyword_order(in_spec: Any) -> list[str]:
+    """The keywords of the call that a program was exported with, in order."""
+    _, kwargs = pytree.tree_unflatten([torch.empty(0)] * in_spec.num_leaves, in_spec)
+    return list(kwargs)
+
+
 def output_names(out_spec: Any) -> list[str]:
     """A name for every output of a program: the keys of mappings, and positions elsewhere, joined by dots."""
     tree = pytree.tree_unflatten([torch.empty(0)] * out_spec.num_leaves, out_spec)

@@ -225,7 +225,7 @@ def _without_cache_on_meta(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_traces(model: nn.Module) -> Iterator[None]:
+def without_traces(model: nn.Module) -> Iterator[None]:
     """Whatever runs in this context leaves the model's buffers and the random state as they were."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
@@ -240,7 +240,7 @@ def _without_traces(model: nn.Module) -> Iterator[None]:
 def _run_plainly(model: nn.Module, call: Call) -> None:
     """Run the model without Dynamo, to tell wrong inputs from a forward that cannot be traced."""
     try:
-        with _without_traces(model):
+        with without_traces(model):
             call.run(model)
     except Exception as error:
         raise ExampleInputsError(
@@ -349,7 +349,7 @@ def _runs(model: nn.Module, call: Call) -> list[_Run]:
 
         return run
 
-    with _without_traces(model):
+    with without_traces(model):
         call.run(compiled(model, record))
     names = {id(parameter): name.rpartition(".")[0] for name, parameter in model.named_parameters()}
     runs = []
@@ -392,7 +392,7 @@ def _require_one_graph(model: nn.Module, owner: str, call: Call) -> None:
     before = module.__dict__.get("forward")
     module.forward = compiled(module.forward, lambda graph, _: graph.forward, one_graph=True)
     try:
-        with _without_traces(model):
+        with without_traces(model):
             call.run(model)
     except _compat.graph_break_types() as error:
         raise GraphBreakError(

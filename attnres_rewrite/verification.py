@@ -120,14 +120,17 @@ def _outputs(model: nn.Module, call: Call, backend: AttnResBackend) -> list[Tens
 def relative_difference(outputs: list[Tensor], references: list[Tensor]) -> float:
     """Largest difference of any two tensors, relative to the largest value of the reference; infinite for NaN.
 
-    Infinite also where shapes differ. Tensors of integers are not compared.
+    Infinite also where shapes differ. Of integers it is the share of those that differ.
     """
     largest = 0.0
     for output, reference in zip(outputs, references, strict=True):
-        if not reference.is_floating_point() or reference.numel() == 0:
-            continue
         if output.shape != reference.shape:
             return math.inf
+        if reference.numel() == 0:
+            continue
+        if not reference.is_floating_point():
+            largest = max(largest, (output != reference).double().mean().item())
+            continue
         finite = reference[reference.isfinite()]
         scale = (finite.abs().max().item() if finite.numel() else 0.0) or 1.0
         output = output.to(reference.dtype)

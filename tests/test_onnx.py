@@ -427,6 +427,40 @@ def test_a_hugging_face_model_that_cannot_be_traced_keeps_its_state(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_outputs_that_are_inputs_and_outputs_of_integers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Chooser(Tower):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            logits = super().forward(x)
+            return {"x": x, "chosen": logits.argmax(-1)}
+
+    model = randomise_sites(ar.rewrite(Chooser(3).eval(), blocks=2, example_inputs=embeddings(), backend="eager"))
+    result = ar.export_onnx(model, tmp_path / "model.onnx", embeddings())
+    assert result.outputs == ("output_x", "chosen")
+    right = function._Form._text
+    monkeypatch.setattr(function._Form, "_text", lambda form: right(form).replace("Softmax <axis = -1>", "Neg"))
+    with pytest.raises(ar.OnnxExportError, match="differs from PyTorch"):
+        ar.export_onnx(model, tmp_path / "model.onnx", embeddings())
+
+
+def test_equal_lengths_of_two_inputs_are_two_sizes(tmp_path: Path) -> None:
+    class Reader(Tower):
+        def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+            return super().forward(x) + memory.mean(1, keepdim=True)
+
+    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    example = embeddings(2, 7), embeddings(2, 7, seed=1)
+    model = Reader(2).eval()
+    model.head = nn.Linear(WIDTH, WIDTH)
+    ar.rewrite(model, blocks=2, example_inputs=example, backend="eager")
+    result = ar.export_onnx(model, tmp_path / "model.onnx", example, dynamic_shapes=(dynamic, dynamic))
+    first, second = (value.type.tensor_type.shape.dim[1].dim_param for value in onnx.load(result.path).graph.input)
+    assert first != second
+    given = embeddings(3, 5), embeddings(3, 3)
+    with torch.no_grad():
+        expected = model(*given)
+    torch.testing.assert_close(run(result.path, x=given[0], memory=given[1]), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_names_of_caches() -> None:
     assert conversion.cache_name("input.past_key_values.layers.3.keys", "past_key_values") == "past_key_values.3.key"
     assert conversion.cache_name("past_key_values.layers.0.conv_states", "present") == "present.0.conv_states"

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from attnres_rewrite import _compat
 from attnres_rewrite.capture import Call
-from attnres_rewrite.onnx.conversion import Conversion
+from attnres_rewrite.onnx.conversion import Conversion, OnnxExportError
 from attnres_rewrite.onnx.sizes import dynamic_sizes, input_shapes, values_at
 from attnres_rewrite.verification import relative_difference
 
@@ -49,12 +49,13 @@ def _differences(conversion: Conversion, sessions: Sequence[Any]) -> dict[tuple[
         named = dict(zip(conversion.inputs, given, strict=True))
         with torch.no_grad():
             expected = [tensor.cpu() for tensor in reference.run(fresh)]
-        differences[values] = max(relative_difference(run_session(s, named), expected) for s in sessions)
+        differences[values] = max(relative_difference(_run_session(s, named), expected) for s in sessions)
     return differences
 
 
 def _computes_in_bfloat16(program: ExportedProgram) -> bool:
-    return any(value.dtype == torch.bfloat16 for value in program.state_dict.values())
+    parameters = (program.state_dict[name] for name in program.graph_signature.parameters)
+    return any(parameter.dtype == torch.bfloat16 for parameter in parameters)
 
 
 def _in_float32(path: Path, folder: Path) -> Path:
@@ -103,10 +104,15 @@ def _session(path: Path, providers: list[Any]) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if session.get_providers()[0] != wanted:
+        # ONNX Runtime falls back without an error, and a comparison would then say nothing of the provider.
+        raise OnnxExportError(f"ONNX Runtime cannot run the model with its {wanted}, which is installed")
+    return session
 
 
-def run_session(session: Any, given: Mapping[str, Tensor]) -> list[Tensor]:
+def _run_session(session: Any, given: Mapping[str, Tensor]) -> list[Tensor]:
     """The outputs of an ONNX Runtime session; of what is ``given``, it takes what it reads."""
     wide = {read.name for read in session.get_inputs() if read.type == "tensor(float)"}
     values = {
@@ -142,7 +148,7 @@ def _fresh_call(program: ExportedProgram, call: Call, chosen: dict[str, int], ge
         shape = [_compat.size_at(dim, known) for dim in next(shapes)]
         if example.is_floating_point():
             noise = torch.randn(shape, generator=generator)
-            return (noise * example.float().std().cpu() + example.float().mean().cpu()).to(example)
+            return (noise * example.float().std(correction=0).cpu() + example.float().mean().cpu()).to(example)
         values = example.flatten()
         picks = torch.randint(values.numel(), shape, generator=generator)
         drawn = values[picks.to(values.device)]

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,12 @@ from torch.export import ExportedProgram
 from attnres_rewrite import _compat
 from attnres_rewrite.capture import Call
 from attnres_rewrite.errors import AttnResError
+from attnres_rewrite.graph import tensor_of
 from attnres_rewrite.onnx import function
 from attnres_rewrite.onnx.sizes import renamed, size_names
 
 if TYPE_CHECKING:
+    import numpy
     from onnxscript import ir
 
 
@@ -77,9 +79,35 @@ def convert(program: ExportedProgram, opset_version: int) -> ir.Model:
         raise OnnxExportError(f"torch.onnx.export failed: {error}") from error
     assert exported is not None
     model: ir.Model = exported.model
-    for value, name in zip(model.graph.outputs, _output_names(program), strict=True):
+    function.name_calls(model, program)
+    for value, name in zip(model.graph.inputs, input_names(program), strict=True):
+        # The exporter renames what is returned as it came in.
         value.name = name
+    _name_outputs(model, _output_names(program))
     return model
+
+
+def input_names(program: ExportedProgram) -> list[str]:
+    """The names of the tensors that the caller of ``program`` gives, in order."""
+    users = set(program.graph_signature.user_inputs)
+    return [
+        n.name for n in program.graph.nodes if n.op == "placeholder" and n.name in users and tensor_of(n) is not None
+    ]
+
+
+def _name_outputs(model: ir.Model, names: Sequence[str]) -> None:
+    from onnxscript import ir
+
+    graph = model.graph
+    taken = {value.name for value in graph.inputs}
+    for index, (value, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
+        if value.is_graph_input() or value in graph.outputs[:index]:
+            # What is returned as it came in has two names.
+            copied = ir.node("Identity", [value])
+            copied.outputs[0].shape, copied.outputs[0].type = value.shape, value.type
+            graph.append(copied)
+            graph.outputs[index] = value = copied.outputs[0]
+        value.name = f"output_{name}" if name in taken else name
 
 
 def _output_names(program: ExportedProgram) -> list[str]:
@@ -101,7 +129,7 @@ def finish(conversion: Conversion, functions: bool, version: str) -> None:
     sites = function.sites_of(program)
     owners = sorted({site.owner for site in sites})
     sources = {owner: [site.sources for site in sites if site.owner == owner] for owner in owners}
-    # The last read of a stream has all block summaries, and the root.
+    # The last read of a stream has all block summaries, and the root. Of several streams, the one with the most.
     blocks = {owner: max(counts) - 1 for owner, counts in sources.items()}
     model.metadata_props.update(
         {
@@ -147,21 +175,27 @@ def _give_caches_every_batch(model: ir.Model) -> None:
 
 
 def _name_folded_weights(model: ir.Model, program: ExportedProgram) -> None:
-    """Name the transposes of small weights, which the exporter folds, after the weights."""
+    """Name the transposes of weights, which the exporter folds, after the weights."""
     initializers = model.graph.initializers
-    transposed = {}
-    for name, value in program.state_dict.items():
-        if name not in initializers and value.dim() == 2:
-            transposed[
-                tuple(value.t().shape), value.detach().t().contiguous().cpu().view(torch.uint8).numpy().tobytes()
-            ] = name
+    missing: dict[tuple[object, ...], list[str]] = {}
+    for name, parameter in program.state_dict.items():
+        if name not in initializers and parameter.dim() == 2:
+            columns = parameter.detach().t()
+            missing.setdefault((*columns.shape, _bits(columns[0]).tobytes()), []).append(name)
     for value in list(initializers.values()):
         tensor = value.const_value
         if tensor is None or value.name in program.state_dict or len(tensor.shape) != 2:
             continue
-        name = transposed.pop((tuple(tensor.shape.numpy()), tensor.tobytes()), None)
-        if name is not None:
-            value.name = f"{name}.transposed"
+        array = tensor.numpy()
+        for name in missing.get((*array.shape, array[0].tobytes()), []):
+            parameter = program.state_dict[name].detach()
+            if f"{name}.transposed" not in initializers and _bits(parameter.t()).tobytes() == array.tobytes():
+                value.name = f"{name}.transposed"
+                break
+
+
+def _bits(tensor: Tensor) -> numpy.ndarray[Any, Any]:
+    return tensor.contiguous().cpu().view(torch.uint8).numpy()
 
 
 def _name_sizes(model: ir.Model, program: ExportedProgram) -> None:

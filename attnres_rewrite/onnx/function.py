@@ -20,7 +20,7 @@ DOMAIN = "attnres"
 NAME = "BlockAttnRes"
 VERSION = 1
 _ONNX_TYPES = {torch.float32: 1, torch.float64: 11}
-_OP = torch.ops.attnres.block_attn_res.default
+OP = torch.ops.attnres.block_attn_res.default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def sites_of(program: ExportedProgram) -> list[SiteCall]:
     names = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs}
     sites = []
     for node in program.graph.nodes:
-        if node.target is _OP:
+        if node.target is OP:
             sources, query, gain = node.args[:3]
             name = str(names[query.name])
             key_gain = None if gain is None else str(names[gain.name])
@@ -58,9 +58,15 @@ def sites_of(program: ExportedProgram) -> list[SiteCall]:
     return sites
 
 
+def dtypes_of(program: ExportedProgram) -> set[torch.dtype]:
+    """The dtypes of the sources of the sites of ``program``."""
+    first: list[Any] = [node.args[0] for node in _op_nodes(program)]
+    return {require_tensor(sources[0]).dtype for sources in first}
+
+
 def with_calls(program: ExportedProgram) -> ExportedProgram:
     """``program`` with every ``block_attn_res`` node replaced by one that exports as a call of the function."""
-    lowered: ExportedProgram = program.run_decompositions({_OP: _call})
+    lowered: ExportedProgram = program.run_decompositions({OP: _call})
     return lowered
 
 
@@ -76,15 +82,25 @@ def _call(sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, eps: fl
     )
 
 
+def name_calls(model: ir.Model, program: ExportedProgram) -> None:
+    """Name the calls in ``model``, just made from ``program`` and so in its order, after their sites."""
+    for site, call in zip(sites_of(program), _calls(model), strict=True):
+        call.name = site.name
+
+
+def _calls(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, NAME)]
+
+
 def define(model: ir.Model, program: ExportedProgram, opset_version: int) -> None:
-    """Give the calls in ``model``, made from ``program``, their names and parameters and the functions that they call.
+    """Give the named calls in ``model``, made from ``program``, their parameters and the functions that they call.
 
     Equal weights are one initializer after the exporter's optimisation, and all queries are equal before training.
     A site gets its own ones back, so that each can be found under its name, and changed alone.
     """
-    calls = [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, NAME)]
-    for site, node, call in zip(sites_of(program), _op_nodes(program), calls, strict=True):
-        call.name = site.name
+    calls = {str(call.name): call for call in _calls(model)}
+    for site, node in zip(sites_of(program), _op_nodes(program), strict=True):
+        call = calls[site.name]
         names = [site.query] if site.gain is None else [site.query, site.gain]
         for position, name in enumerate(names, site.sources):
             call.replace_input_with(position, _initializer(model, name, program.state_dict[name]))
@@ -95,7 +111,7 @@ def define(model: ir.Model, program: ExportedProgram, opset_version: int) -> Non
 
 
 def _op_nodes(program: ExportedProgram) -> list[Node]:
-    return [node for node in program.graph.nodes if node.target is _OP]
+    return [node for node in program.graph.nodes if node.target is OP]
 
 
 def _initializer(model: ir.Model, name: str, value: Tensor) -> ir.Value:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from attnres_rewrite.backend import AttnResBackend
-from attnres_rewrite.capture import Call
+from attnres_rewrite.capture import Call, without_traces
 from attnres_rewrite.errors import AttnResError
 from attnres_rewrite.live import run_through
 from attnres_rewrite.onnx import function
@@ -45,8 +45,8 @@ def by_keywords(model: nn.Module, call: Call) -> Call | None:
 
     if not isinstance(model, PreTrainedModel):
         return None
-    names = list(inspect.signature(model.forward).parameters)
-    return Call((), {**dict(zip(names, call.args, strict=False)), **call.kwargs})
+    named = inspect.signature(model.forward).bind_partial(*call.args).arguments
+    return Call((), {**named, **call.kwargs})
 
 
 def export(
@@ -92,8 +92,9 @@ def export(
         except Exception as error:
             raise OnnxExportError(
                 f"transformers.exporters cannot export {type(model).__name__}: {error}\nTry other example_inputs, or "
-                "dynamic_shapes with fewer dynamic dimensions"
+                "dynamic_shapes with fewer dynamic dimensions. A dynamic dimension must be at least two in the example"
             ) from error
+    function.name_calls(onnx_model, exporter.program)
     if ort_fusions is not None:
         fuse(onnx_model, ort_fusions)
     _logger.debug("%s", progress.getvalue())
@@ -108,7 +109,8 @@ def export(
 
     def run(fresh: Call) -> list[Tensor]:
         asked = Call((), {**fresh.kwargs, **flags})
-        return list(get_leaf_tensors(run_through(model, asked.run, AttnResBackend("eager"))).values())
+        with without_traces(model):
+            return list(get_leaf_tensors(run_through(model, asked.run, AttnResBackend("eager"))).values())
 
     return Conversion(
         exporter.program, onnx_model, Call((), tensors), names, Reference(run, _with_positions), ort_fusions is None
@@ -168,21 +170,21 @@ def _with_cache(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_positions(call: Call) -> Call:
-    """``call`` with positions that follow the cache, and a mask that covers it."""
+    """``call`` with positions that follow the cache, and a mask that covers it and hides something."""
     arguments = dict(call.kwargs)
     cache, ids = arguments.get("past_key_values"), arguments.get("input_ids")
-    if cache is None or ids is None:
+    if ids is None:
         return call
-    start = cache.get_seq_length()
+    start = 0 if cache is None else cache.get_seq_length()
     for name, value in call.kwargs.items():
-        if name == "position_ids" and value.dim() == 2:
+        if name == "position_ids" and cache is not None and value.dim() == 2:
             following = torch.arange(start, start + ids.shape[1], device=value.device)
             arguments[name] = following.expand(ids.shape).clone()
         if name == "attention_mask" and value.dim() == 2:
             mask = value.new_ones(ids.shape[0], start + ids.shape[1])
-            if start > 0:
-                # Padding on the left; but not where that is all that a token sees.
-                mask[1:, :1] = 0
+            if mask.shape[1] > 1:
+                # Some padding, on the side where no token is left with nothing to attend to.
+                mask[1:, 0 if start > 0 else -1] = 0
             arguments[name] = mask
     return Call((), arguments)
 

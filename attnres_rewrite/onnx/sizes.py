@@ -26,6 +26,7 @@ class DynamicSize:
         symbols: The program's symbols that stand for it. Inputs whose sizes were equal when traced stay so.
         traced: What it was when traced.
         smallest: The smallest that it may be.
+        largest: The largest.
         cached: Whether the program goes on from a cache.
     """
 
@@ -33,12 +34,13 @@ class DynamicSize:
     symbols: tuple[str, ...]
     traced: int
     smallest: int
+    largest: float
     cached: bool
 
     def others(self) -> tuple[int, ...]:
         """Three sizes that were not traced."""
         changes = _CHANGES["token" if self.cached and self.name == "sequence" else self.name]
-        return tuple(max(self.smallest, change(self.traced)) for change in changes)
+        return tuple(int(min(self.largest, max(self.smallest, change(self.traced)))) for change in changes)
 
 
 # With a cache: a single token, then a prompt into an empty cache, then a few tokens at once.
@@ -69,12 +71,12 @@ def dynamic_sizes(program: ExportedProgram, smallest: int = 1) -> list[DynamicSi
     for symbol, (dim, hint) in found.items():
         name = "batch" if dim == 0 else "past_sequence" if cached and dim > 1 else "sequence"
         traced.setdefault((name, hint), []).append(symbol)
-    bounds = {str(symbol): int(bound.lower) for symbol, bound in program.range_constraints.items()}
+    bounds = {str(symbol): _compat.bounds(values) for symbol, values in program.range_constraints.items()}
     sizes = []
     for (name, hint), symbols in traced.items():
-        lower = max(bounds[symbol] for symbol in symbols)
+        lower, upper = max(bounds[symbol][0] for symbol in symbols), min(bounds[symbol][1] for symbol in symbols)
         lowest = 0 if name == "past_sequence" else smallest if lower <= 2 else lower
-        sizes.append(DynamicSize(name, tuple(symbols), hint, lowest, cached))
+        sizes.append(DynamicSize(name, tuple(symbols), hint, lowest, upper, cached))
     covered = _covered(sizes)
     return [size for size in sizes if size is not covered]
 
@@ -83,7 +85,9 @@ def size_names(program: ExportedProgram) -> dict[str, str]:
     """A name for every symbol of the program's inputs, where there is one that says what it is."""
     sizes = dynamic_sizes(program)
     names = [size.name for size in sizes]
-    named = {symbol: size.name for size in sizes for symbol in size.symbols if names.count(size.name) == 1}
+    # Lengths that were merely equal when traced may differ in a call; a batch is one for all inputs.
+    single = [s for s in sizes if names.count(s.name) == 1 and (s.name == "batch" or len(s.symbols) == 1)]
+    named = {symbol: size.name for size in single for symbol in size.symbols}
     rest = set(_symbols(program)) - {symbol for size in sizes for symbol in size.symbols}
     return named | dict.fromkeys(rest, "past_sequence + sequence")
 
