@@ -26,13 +26,12 @@ import numpy
 import onnxruntime
 import torch
 from _environment import environment, write_results
+from _plain_onnx import export_plain
 from onnx_formulations import FORMULATIONS, rewrite_functions
 from onnxscript import ir
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import attnres_rewrite
-from attnres_rewrite.capture import Call
-from attnres_rewrite.onnx import conversion, huggingface
 
 RESULTS = Path(__file__).parent / "results" / "onnx.json"
 VOCABULARY, HEAD_WIDTH = 8192, 64
@@ -56,18 +55,8 @@ def make_model(layers: int, width: int) -> Any:
 def export_all(folder: Path, layers: int, width: int) -> dict[str, Path]:
     """The plain model, the rewritten one, and that one with every other way to write a site."""
     inputs = {"input_ids": torch.randint(1, VOCABULARY, (2, 8))}
-    converted = huggingface.export(
-        make_model(layers, width),
-        Call((), inputs),
-        lambda program: program,
-        use_cache=True,
-        dynamic_shapes=None,
-        opset_version=23,
-        ort_fusions=None,
-    )
-    conversion.finish(converted, functions=True, version=attnres_rewrite.__version__)
     files = {"plain": folder / "plain.onnx", "rewritten": folder / "rewritten.onnx"}
-    ir.save(converted.model, files["plain"])
+    export_plain(make_model(layers, width), inputs, files["plain"], use_cache=True)
     model = attnres_rewrite.rewrite(make_model(layers, width), blocks=8, backend="eager")
     for name, parameter in attnres_rewrite.attnres_parameters(model):
         if name.endswith("query"):

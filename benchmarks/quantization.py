@@ -41,17 +41,15 @@ import onnxscript
 import torch
 import transformers
 from _environment import environment, write_results
+from _plain_onnx import export_plain
 from onnx import numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from onnxscript import ir
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import attnres_rewrite
 from attnres_rewrite import AttnResConfig
-from attnres_rewrite.capture import Call
 from attnres_rewrite.demo.corpus import Corpus, standard_library
-from attnres_rewrite.onnx import conversion, huggingface
 
 RESULTS = Path(__file__).parent / "results" / "quantization.json"
 VOCABULARY, HEAD_WIDTH = 256, 32
@@ -112,22 +110,6 @@ def with_queries(plain: State, rewritten: nn.Module, std: float, seed: int) -> S
         is_query = name.endswith("query")
         state[name] = torch.randn(value.shape, generator=generator) * std if is_query else torch.ones(value.shape)
     return state
-
-
-def export_plain(model: LlamaForCausalLM, path: Path) -> None:
-    """Export as ``export_onnx`` does, without a rewrite."""
-    call = Call((), {"input_ids": torch.zeros(2, 16, dtype=torch.long)})
-    found = huggingface.export(
-        copy.deepcopy(model),
-        call,
-        lambda program: program,
-        use_cache=False,
-        dynamic_shapes=None,
-        opset_version=23,
-        ort_fusions=None,
-    )
-    conversion.finish(found, functions=True, version=attnres_rewrite.__version__)
-    ir.save(found.model, path)
 
 
 def fill(template: Path, state: Mapping[str, Tensor], path: Path) -> None:
@@ -222,11 +204,11 @@ class Study:
         """
         path = self.folder / f"{name}.onnx"
         if not path.exists():
+            inputs = {"input_ids": torch.zeros(2, 16, dtype=torch.long)}
             if name == "plain":
-                export_plain(self.plain, path)
+                export_plain(copy.deepcopy(self.plain), inputs, path, use_cache=False)
             else:
-                example = {"input_ids": torch.zeros(2, 16, dtype=torch.long)}
-                attnres_rewrite.export_onnx(self.rewritten[name], path, example)
+                attnres_rewrite.export_onnx(self.rewritten[name], path, inputs)
         return path
 
     def measure_plain(self, state: State) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from attnres_rewrite import _compat
 from attnres_rewrite.capture import Call
 from attnres_rewrite.onnx.conversion import Conversion, OnnxExportError
-from attnres_rewrite.onnx.sizes import dynamic_sizes, input_shapes, values_at
+from attnres_rewrite.onnx.sizes import dynamic_sizes, given_shapes, values_at
 from attnres_rewrite.verification import relative_difference
 
 _ONNX_BFLOAT16 = 16
@@ -142,7 +142,7 @@ def _from_ort(value: Any) -> Tensor:
 def _fresh_call(program: ExportedProgram, call: Call, chosen: dict[str, int], generator: torch.Generator) -> Call:
     """``call`` with random tensors of other sizes, drawn from the values that the example has."""
     known = values_at(program, chosen)
-    shapes = iter(input_shapes(program))
+    shapes = iter(given_shapes(program).values())
 
     def fresh(example: Tensor) -> Tensor:
         shape = [_compat.size_at(dim, known) for dim in next(shapes)]

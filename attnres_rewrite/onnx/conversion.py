@@ -15,9 +15,8 @@ from torch.export import ExportedProgram
 from attnres_rewrite import _compat
 from attnres_rewrite.capture import Call
 from attnres_rewrite.errors import AttnResError
-from attnres_rewrite.graph import tensor_of
 from attnres_rewrite.onnx import function
-from attnres_rewrite.onnx.sizes import renamed, size_names
+from attnres_rewrite.onnx.sizes import given_shapes, renamed, size_names
 
 if TYPE_CHECKING:
     import numpy
@@ -80,19 +79,11 @@ def convert(program: ExportedProgram, opset_version: int) -> ir.Model:
     assert exported is not None
     model: ir.Model = exported.model
     function.name_calls(model, program)
-    for value, name in zip(model.graph.inputs, input_names(program), strict=True):
+    for value, name in zip(model.graph.inputs, given_shapes(program), strict=True):
         # The exporter renames what is returned as it came in.
         value.name = name
     _name_outputs(model, _output_names(program))
     return model
-
-
-def input_names(program: ExportedProgram) -> list[str]:
-    """The names of the tensors that the caller of ``program`` gives, in order."""
-    users = set(program.graph_signature.user_inputs)
-    return [
-        n.name for n in program.graph.nodes if n.op == "placeholder" and n.name in users and tensor_of(n) is not None
-    ]
 
 
 def _name_outputs(model: ir.Model, names: Sequence[str]) -> None:

@@ -26,8 +26,8 @@ from attnres_rewrite.exported import rewrite_exported
 from attnres_rewrite.live import run_through
 from attnres_rewrite.onnx import function, huggingface
 from attnres_rewrite.onnx.comparison import compare
-from attnres_rewrite.onnx.conversion import Conversion, OnnxExportError, Reference, convert, finish, input_names
-from attnres_rewrite.onnx.sizes import default_dynamic_dims
+from attnres_rewrite.onnx.conversion import Conversion, OnnxExportError, Reference, convert, finish
+from attnres_rewrite.onnx.sizes import default_dynamic_dims, given_shapes
 
 if TYPE_CHECKING:
     from onnxscript import ir
@@ -206,6 +206,7 @@ def _converted(
     """``model`` in ONNX, by the way that its kind takes."""
     if isinstance(model, ExportedProgram):
         call = _program_call(model, example_inputs)
+        _require_supported(model.state_dict, call)
         # Its guards refuse the sizes for which it was not traced.
         reference = Reference(_outputs_of(model.module()), smallest=2)
         program = model
@@ -235,8 +236,7 @@ def _converted(
             f"{option} is for Hugging Face models that are given by themselves, and needs a transformers with "
             f"transformers.exporters (5.17 or newer); this is a {type(model).__name__}"
         )
-    _require_supported(program.state_dict, call)
-    return Conversion(program, convert(program, opset_version), call, input_names(program), reference)
+    return Conversion(program, convert(program, opset_version), call, list(given_shapes(program)), reference)
 
 
 def _recorded(model: nn.Module) -> tuple[AttnResConfig, dict[str, tuple[tuple[int, ...], ...]]]:

@@ -88,16 +88,19 @@ def size_names(program: ExportedProgram) -> dict[str, str]:
     # Lengths that were merely equal when traced may differ in a call; a batch is one for all inputs.
     single = [s for s in sizes if names.count(s.name) == 1 and (s.name == "batch" or len(s.symbols) == 1)]
     named = {symbol: size.name for size in single for symbol in size.symbols}
-    rest = set(_symbols(program)) - {symbol for size in sizes for symbol in size.symbols}
-    return named | dict.fromkeys(rest, "past_sequence + sequence")
+    return named | dict.fromkeys(_covered_by(program, sizes), "past_sequence + sequence")
 
 
 def values_at(program: ExportedProgram, chosen: dict[str, int]) -> dict[str, int]:
     """``chosen``, the values of symbols, with those of the symbols that follow from them."""
     sizes = dynamic_sizes(program)
-    rest = set(_symbols(program)) - {symbol for size in sizes for symbol in size.symbols}
     total = sum(chosen[size.symbols[0]] for size in sizes if size.name in ("sequence", "past_sequence"))
-    return chosen | dict.fromkeys(rest, total)
+    return chosen | dict.fromkeys(_covered_by(program, sizes), total)
+
+
+def _covered_by(program: ExportedProgram, sizes: list[DynamicSize]) -> set[str]:
+    """The symbols that no size stands for: how much a mask covers."""
+    return set(_symbols(program)) - {symbol for size in sizes for symbol in size.symbols}
 
 
 def renamed(text: str, names: dict[str, str]) -> str:
@@ -105,18 +108,18 @@ def renamed(text: str, names: dict[str, str]) -> str:
     return re.sub(r"\bs\d+\b", lambda match: names.get(match[0], match[0]), text)
 
 
-def input_shapes(program: ExportedProgram) -> list[Shape]:
-    """The shape of every tensor that the caller gives, in order."""
+def given_shapes(program: ExportedProgram) -> dict[str, Shape]:
+    """Name and shape of every tensor that the caller of ``program`` gives, in order."""
     users = set(program.graph_signature.user_inputs)
     nodes = (n for n in program.graph.nodes if n.op == "placeholder" and n.name in users)
-    return [tuple(value.shape) for n in nodes if (value := tensor_of(n)) is not None]
+    return {n.name: tuple(value.shape) for n in nodes if (value := tensor_of(n)) is not None}
 
 
 def _symbols(program: ExportedProgram) -> dict[str, tuple[int, int]]:
     """For every symbol that is by itself the size of an input: the first dimension it is of, and its traced value."""
     known = {str(symbol) for symbol in program.range_constraints}
     found: dict[str, tuple[int, int]] = {}
-    for shape in input_shapes(program):
+    for shape in given_shapes(program).values():
         for dim, size in enumerate(shape):
             if not isinstance(size, int) and str(size) in known:
                 found.setdefault(str(size), (dim, _compat.size_hint(size)))
