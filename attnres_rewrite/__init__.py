@@ -1,6 +1,6 @@
 """Block Attention Residuals (arXiv:2603.15031) for the transformer you already have."""
 
-from attnres_rewrite import _compat, op
+from attnres_rewrite import _compat, ops
 from attnres_rewrite.api import attnres_parameters, disabled, explain, rewrite, undo
 from attnres_rewrite.backend import AttnResBackend, attnres_backend
 from attnres_rewrite.config import AttnResConfig
@@ -48,4 +48,4 @@ __all__ = [
 __version__ = "0.1.0"
 
 _compat.register_backend("attnres", attnres_backend)
-del op
+del ops

@@ -16,7 +16,7 @@ from attnres_rewrite.capture import ExampleInputs, example_call
 from attnres_rewrite.errors import GraphBreakError, MissingPackageError
 from attnres_rewrite.graph import carries_data, module_path
 from attnres_rewrite.live import run_through
-from attnres_rewrite.op import depth_weights
+from attnres_rewrite.ops import depth_weights
 from attnres_rewrite.passes import Site
 from attnres_rewrite.patterns import Transparent
 

@@ -24,7 +24,7 @@ import torch
 from _environment import environment, write_results
 from torch import Tensor
 
-import attnres_rewrite.op  # noqa: F401 (registers the operator)
+import attnres_rewrite.ops  # noqa: F401 (registers the operator)
 
 RESULTS = Path(__file__).parent / "results" / "op.json"
 EPS = 1e-6

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnres_rewrite import op as op_module
-from attnres_rewrite.op import depth_weights
+from attnres_rewrite.ops import block_attn_res as op_module
+from attnres_rewrite.ops import depth_weights
 
 EPS, SCALE = 1e-6, 0.7
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -19,16 +19,26 @@ backward use.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnres_rewrite._compat import register_inductor_decomposition
+from attnres_rewrite.ops.arithmetic import (
+    check_sources,
+    compute_dtype,
+    folded_query,
+    hints,
+    keep_in_memory,
+    promoted_dtype,
+    query_grads,
+    scores,
+    softmax,
+    weighted_sum,
+)
 
 _FORWARD = "attnres::block_attn_res"
 _BACKWARD = "attnres::block_attn_res_backward"
@@ -58,84 +68,16 @@ def depth_weights(
     """
     _check(sources, query, gain)
     rows, q = _in_compute_dtype(sources, query, gain)
-    logits = torch.stack([logit.squeeze(-1) for logit in _scores(rows, q, eps, scale)[1]])
+    logits = torch.stack([logit.squeeze(-1) for logit in scores(rows, q, eps, scale)[1]])
     return torch.softmax(logits, 0).to(torch.float32)
 
 
 def _check(sources: Sequence[Tensor], query: Tensor, gain: Tensor | None) -> None:
-    if len(sources) == 0:
-        raise ValueError("block_attn_res: sources is empty; it needs at least one tensor [..., D]")
-    shape = tuple(sources[0].shape)
-    if not shape:
-        raise ValueError("block_attn_res: sources have no dimensions; expected [..., D]")
-    for i, source in enumerate(sources):
-        if not source.dtype.is_floating_point:
-            raise TypeError(f"block_attn_res: sources[{i}] is {source.dtype}; sources must be floating point")
-        if tuple(source.shape) != shape:
-            raise ValueError(
-                f"block_attn_res: sources[{i}] has shape {tuple(source.shape)} but sources[0] has {shape}; "
-                "all sources must have one shape"
-            )
-    for name, vector in (("query", query), ("gain", query if gain is None else gain)):
-        if not vector.dtype.is_floating_point:
-            raise TypeError(f"block_attn_res: {name} is {vector.dtype}; it must be floating point")
-        if tuple(vector.shape) != shape[-1:]:
-            raise ValueError(
-                f"block_attn_res: {name} has shape {tuple(vector.shape)}; expected {shape[-1:]}, "
-                f"the last dimension of sources of shape {shape}"
-            )
-
-
-def _promoted_dtype(sources: Sequence[Tensor]) -> torch.dtype:
-    dtype = sources[0].dtype
-    for source in sources[1:]:
-        dtype = torch.promote_types(dtype, source.dtype)
-    return dtype
+    check_sources("block_attn_res", sources, ("query", query), ("gain", gain))
 
 
 def _folded_query(sources: Sequence[Tensor], query: Tensor, gain: Tensor | None) -> Tensor:
-    """Query times gain ``[D]``, in the dtype of the inner arithmetic."""
-    tensors = (*sources, query, *(() if gain is None else (gain,)))
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    return query.to(dtype) if gain is None else query.to(dtype) * gain.to(dtype)
-
-
-def _query_grads(d_q: Tensor, query: Tensor, gain: Tensor | None, wanted: Sequence[bool]) -> list[Tensor]:
-    """Gradients of query and gain, as far as wanted, from that of their product."""
-    grads = []
-    if wanted[0]:
-        grads.append((d_q if gain is None else d_q * gain.to(d_q.dtype)).to(query.dtype))
-    if wanted[1] and gain is not None:
-        grads.append((d_q * query.to(d_q.dtype)).to(gain.dtype))
-    return grads
-
-
-# Expansions. On CPU, what they look like decides how many passes over memory Inductor's C++ makes. It turns the row
-# reductions of all sources into one loop over D, the softmax over the sources into a loop over rows, and the weighted
-# sum into another loop over D. These three share one outer loop over rows, so that a row is still in cache when it is
-# read for the second time, only if none of them vectorises across rows, which the softmax would. The hints below
-# prevent that and change no value; benchmarks/op.py measures the result. From 13 sources on Inductor splits
-# the loops all the same.
-
-_Hint = Callable[[Tensor], Tensor]
-
-
-def _row_by_row(value: Tensor) -> Tensor:
-    """``value`` itself, computed so that Inductor's C++ does not vectorise it: it knows no vectors of int16."""
-    return value + torch.isnan(value).to(torch.int16)
-
-
-def _stored(value: Tensor) -> Tensor:
-    """``value`` itself, kept in memory by Inductor, not computed again wherever it is read."""
-    return value.as_strided(value.size(), value.stride())
-
-
-def _unchanged(value: Tensor) -> Tensor:
-    return value
-
-
-def _hints(for_inductor: bool, device: torch.device) -> tuple[_Hint, _Hint]:
-    return (_row_by_row, _stored) if for_inductor and device.type == "cpu" else (_unchanged, _unchanged)
+    return folded_query(query, gain, compute_dtype(*sources, query, gain))
 
 
 def _in_compute_dtype(sources: Sequence[Tensor], query: Tensor, gain: Tensor | None) -> tuple[list[Tensor], Tensor]:
@@ -143,31 +85,7 @@ def _in_compute_dtype(sources: Sequence[Tensor], query: Tensor, gain: Tensor | N
     return [source.to(q.dtype) for source in sources], q
 
 
-def _scores(rows: Sequence[Tensor], q: Tensor, eps: float, scale: float) -> tuple[list[Tensor], list[Tensor]]:
-    """Inverse RMS and logit of every source, each ``[..., 1]``."""
-    inverse_rms = [torch.rsqrt((row * row).mean(-1, keepdim=True) + eps) for row in rows]
-    dots = [(row * q).sum(-1, keepdim=True) for row in rows]
-    return inverse_rms, [dot * inv * scale for dot, inv in zip(dots, inverse_rms, strict=True)]
-
-
-def _weights(logits: Sequence[Tensor], total: float, row_by_row: _Hint = _unchanged) -> list[Tensor]:
-    """Softmax over the list, times ``total``: exactly 1 each if the logits are equal and ``total`` is their number."""
-    peak = logits[0]
-    for logit in logits[1:]:
-        peak = torch.maximum(peak, logit)
-    exps = [torch.exp(logit - peak) for logit in logits]
-    denominator = exps[0]
-    for exp in exps[1:]:
-        denominator = denominator + exp
-    factor = row_by_row(total / denominator)
-    return [exp * factor for exp in exps]
-
-
-def _weighted_sum(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    out = rows[0] * weights[0]
-    for row, weight in zip(rows[1:], weights[1:], strict=True):
-        out = out + row * weight
-    return out
+# Expansions, for Inductor and for differentiation.
 
 
 def _expand_forward(
@@ -181,12 +99,12 @@ def _expand_forward(
     for_inductor: bool = False,
 ) -> Tensor:
     _check(sources, query, gain)
-    row_by_row, stored = _hints(for_inductor, sources[0].device)
+    row_by_row, stored = hints(for_inductor, sources[0].device)
     rows, q = _in_compute_dtype(sources, query, gain)
-    logits = [row_by_row(logit) for logit in _scores(rows, q, eps, scale)[1]]
-    weights = _weights(logits, float(len(rows)) if sum_ else 1.0, row_by_row)
-    out = _weighted_sum(rows, [stored(weight) for weight in weights])
-    return out.to(_promoted_dtype(sources)).contiguous()
+    logits = [row_by_row(logit) for logit in scores(rows, q, eps, scale)[1]]
+    weights = softmax(logits, float(len(rows)) if sum_ else 1.0, row_by_row)
+    out = weighted_sum(rows, [stored(weight) for weight in weights])
+    return out.to(promoted_dtype(sources)).contiguous()
 
 
 def _expand_backward(
@@ -201,15 +119,15 @@ def _expand_backward(
     *,
     for_inductor: bool = False,
 ) -> list[Tensor]:
-    row_by_row, stored = _hints(for_inductor, sources[0].device)
+    row_by_row, stored = hints(for_inductor, sources[0].device)
     n, total = len(sources), float(len(sources)) if sum_ else 1.0
     rows, q = _in_compute_dtype(sources, query, gain)
     d_out = grad.to(q.dtype)
-    inverse_rms, logits = _scores(rows, q, eps, scale)
+    inverse_rms, logits = scores(rows, q, eps, scale)
     logits = [row_by_row(logit) for logit in logits]
-    weights = _weights(logits, total, row_by_row)
+    weights = softmax(logits, total, row_by_row)
     d_weights = [(d_out * row).sum(-1, keepdim=True) for row in rows]
-    mean = row_by_row(_weighted_sum(d_weights, weights) / total)
+    mean = row_by_row(weighted_sum(d_weights, weights) / total)
     d_logits = [weight * (d_weight - mean) for weight, d_weight in zip(weights, d_weights, strict=True)]
     on_query = [stored(d * inv * scale) for d, inv in zip(d_logits, inverse_rms, strict=True)]
 
@@ -220,12 +138,12 @@ def _expand_backward(
             d_row = d_out * stored(weights[i]) + on_query[i] * q - rows[i] * on_row
             grads.append(d_row.to(source.dtype).contiguous())
     if any(wanted[n:]):
-        d_rows = _weighted_sum(rows, on_query).reshape(-1, q.shape[0])
+        d_rows = weighted_sum(rows, on_query).reshape(-1, q.shape[0])
         if for_inductor and n > 2:
             # This reduction runs over rows and has a loop of its own: let it read one tensor, not every source again.
             # (Measured, too: a matrix-vector product or a reduction per source, both slower in all.)
-            d_rows = _stored(d_rows)
-        grads += _query_grads(d_rows.sum(0), query, gain, wanted[n:])
+            d_rows = keep_in_memory(d_rows)
+        grads += query_grads(d_rows.sum(0), query, gain, wanted[n:])
     return grads
 
 
@@ -255,14 +173,14 @@ def _forward(
     with torch.autocast(query.device.type, enabled=False):
         q = _folded_query(sources, query, gain)
         _, logits = _flat_scores(sources, q, eps, scale)
-        weights = _weights(logits.unsqueeze(-1).unbind(0), float(len(sources)) if sum_ else 1.0)
+        weights = softmax(logits.unsqueeze(-1).unbind(0), float(len(sources)) if sum_ else 1.0)
         # No view is returned: autograd forbids to change a view from a custom operator in place, as a model may.
         out = q.new_empty(sources[0].shape)
         rows = out.view(-1, q.shape[0])
         torch.mul(_flat(sources[0], q.dtype), weights[0], out=rows)
         for source, weight in zip(sources[1:], weights[1:], strict=True):
             rows.addcmul_(_flat(source, q.dtype), weight)
-        return out.to(_promoted_dtype(sources))
+        return out.to(promoted_dtype(sources))
 
 
 def _backward(
@@ -298,14 +216,14 @@ def _backward(
                 d_row = (d_out * weights[i].unsqueeze(-1)).addr_(on_query[i], q)
                 d_row.addcmul_(rows, on_row[i].unsqueeze(-1))
                 grads.append(d_row.to(source.dtype).view(source.shape))
-        return grads + _query_grads(d_q, query, gain, wanted[n:])
+        return grads + query_grads(d_q, query, gain, wanted[n:])
 
 
 def _fake_forward(
     sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, eps: float, scale: float, sum_: bool
 ) -> Tensor:
     _check(sources, query, gain)
-    return sources[0].new_empty(sources[0].shape, dtype=_promoted_dtype(sources))
+    return sources[0].new_empty(sources[0].shape, dtype=promoted_dtype(sources))
 
 
 def _fake_backward(
@@ -345,9 +263,6 @@ def _register() -> None:
     ops = torch.ops.attnres
     register_inductor_decomposition(ops.block_attn_res.default, partial(_expand_forward, for_inductor=True))
     register_inductor_decomposition(ops.block_attn_res_backward.default, partial(_expand_backward, for_inductor=True))
-    # torch.compile's caches on disk know an op by name alone; code made from another expansion must not be found.
-    revision = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-    torch.compiler.config.cache_key_tag += f"attnres-{revision}"
 
 
 _register()
