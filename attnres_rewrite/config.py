@@ -25,7 +25,8 @@ class AttnResConfig:
         eps: Epsilon of the RMS normalisation of the keys.
         scale: Factor on the logits. The paper has none, so 1.0.
         key_gain: Whether each site learns a gain ``[D]`` on its normalised keys.
-        schedule: How the sites are evaluated: ``"per_read"`` (one fused pass per read) or ``"auto"``,
+        schedule: How the sites are evaluated: ``"per_read"`` (one fused pass per read), ``"two_phase"`` (the reads of a
+            block share one pass over the complete blocks, the paper's section 4; equal up to rounding), or ``"auto"``,
             which at present always chooses ``"per_read"``.
         streams: Names of the owner modules whose streams are rewritten; ``None`` means all.
 
@@ -40,7 +41,7 @@ class AttnResConfig:
     eps: float = 1e-6
     scale: float = 1.0
     key_gain: bool = True
-    schedule: Literal["auto", "per_read"] = "auto"
+    schedule: Literal["auto", "per_read", "two_phase"] = "auto"
     streams: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -50,7 +51,7 @@ class AttnResConfig:
                 _check_count("blocks", blocks)
         if self.layers_per_block is not None:
             _check_count("layers_per_block", self.layers_per_block)
-        for name, allowed in (("aggregation", ("mean", "sum")), ("schedule", ("auto", "per_read"))):
+        for name, allowed in (("aggregation", ("mean", "sum")), ("schedule", ("auto", "per_read", "two_phase"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
         if not self.eps >= 0:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from attnres_rewrite.api import require_live
 from attnres_rewrite.backend import AttnResBackend
 from attnres_rewrite.capture import ExampleInputs, example_call
+from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import GraphBreakError, MissingPackageError
 from attnres_rewrite.graph import carries_data, module_path
 from attnres_rewrite.live import run_through
@@ -79,6 +80,10 @@ class _RecordingBackend(AttnResBackend):
         super().__init__(self._interpret)
         self.partial_of: dict[fx.Node, bool] = {}
         self.recorded: dict[fx.Node, _SiteWeights] = {}
+
+    def configure(self, config: AttnResConfig) -> AttnResConfig:
+        # One node then has all the sources of its site.
+        return dataclasses.replace(config, schedule="per_read")
 
     def inserted(self, sites: list[Site]) -> None:
         self.partial_of.update((site.node, site.has_partial) for site in sites)

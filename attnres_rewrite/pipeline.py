@@ -19,6 +19,7 @@ from attnres_rewrite.passes import (
     InsertAttnRes,
     Refusal,
     ResolveInplaceOps,
+    ScheduleReads,
     Site,
     SiteParameters,
     StreamAnalysis,
@@ -66,7 +67,7 @@ def analyse(modules: Sequence[GraphModule], config: AttnResConfig) -> Analysis:
         BlockPartitionError: The layers of a stream cannot be grouped as the configuration asks.
     """
     for node in itertools.chain.from_iterable(module.graph.nodes for module in modules):
-        if op_name(node) == "block_attn_res":
+        if op_name(node) in ("block_attn_res", "merge_partial"):
             raise UnsupportedResidualError(
                 f"the model already has Attention Residuals (at {source_line(node)}): "
                 "undo(model) takes them out, then it can be rewritten again"
@@ -130,6 +131,7 @@ def insert(
     sites = []
     for plan in plans:
         inserted: list[Site] = InsertAttnRes()(module, plan, parameters(plan), config)
-        CheckRewrite()(module, plan, inserted)
-        sites.append(inserted)
+        scheduled: list[Site] = ScheduleReads()(module, inserted, config)
+        CheckRewrite()(module, plan, scheduled)
+        sites.append(scheduled)
     return sites

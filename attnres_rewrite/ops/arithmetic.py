@@ -62,6 +62,11 @@ def folded_query(query: Tensor, gain: Tensor | None, dtype: torch.dtype) -> Tens
     return query.to(dtype) if gain is None else query.to(dtype) * gain.to(dtype)
 
 
+def flat_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` as ``[rows, D]`` in ``dtype``."""
+    return tensor.to(dtype).reshape(-1, tensor.shape[-1])
+
+
 def query_grads(d_q: Tensor, query: Tensor, gain: Tensor | None, wanted: Sequence[bool]) -> list[Tensor]:
     """Gradients of query and gain, as far as wanted, from that of their product."""
     grads = []

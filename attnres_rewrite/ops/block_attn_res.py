@@ -30,6 +30,7 @@ from attnres_rewrite._compat import register_inductor_decomposition
 from attnres_rewrite.ops.arithmetic import (
     check_sources,
     compute_dtype,
+    flat_rows,
     folded_query,
     hints,
     keep_in_memory,
@@ -150,16 +151,12 @@ def _expand_backward(
 # Kernels, for eager mode.
 
 
-def _flat(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype).reshape(-1, tensor.shape[-1])
-
-
 def _flat_scores(sources: Sequence[Tensor], q: Tensor, eps: float, scale: float) -> tuple[Tensor, Tensor]:
     """Inverse RMS and logits, each ``[n, rows]``."""
     shape = (len(sources), sources[0][..., 0].numel())
     inverse_rms, logits = q.new_empty(shape), q.new_empty(shape)
     for i, source in enumerate(sources):
-        rows = _flat(source, q.dtype)
+        rows = flat_rows(source, q.dtype)
         torch.linalg.vector_norm(rows, dim=-1, out=inverse_rms[i])
         torch.mv(rows, q, out=logits[i])
     inverse_rms = inverse_rms.square_().div_(q.shape[0]).add_(eps).rsqrt_()
@@ -177,9 +174,9 @@ def _forward(
         # No view is returned: autograd forbids to change a view from a custom operator in place, as a model may.
         out = q.new_empty(sources[0].shape)
         rows = out.view(-1, q.shape[0])
-        torch.mul(_flat(sources[0], q.dtype), weights[0], out=rows)
+        torch.mul(flat_rows(sources[0], q.dtype), weights[0], out=rows)
         for source, weight in zip(sources[1:], weights[1:], strict=True):
-            rows.addcmul_(_flat(source, q.dtype), weight)
+            rows.addcmul_(flat_rows(source, q.dtype), weight)
         return out.to(promoted_dtype(sources))
 
 
@@ -198,10 +195,10 @@ def _backward(
         q = _folded_query(sources, query, gain)
         inverse_rms, logits = _flat_scores(sources, q, eps, scale)
         weights = torch.softmax(logits, 0).mul_(total)
-        d_out = _flat(grad, q.dtype)
+        d_out = flat_rows(grad, q.dtype)
         d_weights, scratch = torch.empty_like(weights), torch.empty_like(d_out)
         for i, source in enumerate(sources):
-            torch.sum(torch.mul(d_out, _flat(source, q.dtype), out=scratch), -1, out=d_weights[i])
+            torch.sum(torch.mul(d_out, flat_rows(source, q.dtype), out=scratch), -1, out=d_weights[i])
         d_logits = weights * (d_weights - (weights * d_weights).sum(0).div_(total))
         on_query = d_logits * inverse_rms * scale
         on_row = d_logits * logits * inverse_rms.square() / -q.shape[0]
@@ -209,7 +206,7 @@ def _backward(
         grads: list[Tensor] = []
         d_q = torch.zeros_like(q)
         for i, source in enumerate(sources):
-            rows = _flat(source, q.dtype)
+            rows = flat_rows(source, q.dtype)
             if any(wanted[n:]):
                 d_q.addmv_(rows.t(), on_query[i])
             if wanted[i]:

@@ -1,4 +1,4 @@
-"""Pass 6: the rewritten graph says what the equation says."""
+"""Pass 7: the rewritten graph says what the equation says."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import itertools
 import operator
 from collections.abc import Sequence
 
-import torch
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite.graph import op_name
 from attnres_rewrite.passes.base import Pass, PostconditionError
 from attnres_rewrite.passes.insert_attnres import Site
+from attnres_rewrite.passes.schedule_reads import sources_of
 from attnres_rewrite.patterns import through_transparent
 from attnres_rewrite.streams import StreamPlan
 
@@ -59,13 +59,10 @@ class CheckRewrite(Pass):
         return terms
 
     def _check_site(self, site: Site, k: int, count: int, last: int, terms: dict[Node, int]) -> None:
-        if site.node.target is not torch.ops.attnres.block_attn_res.default:
-            raise PostconditionError(f"site {k} is not a block_attn_res node but {site.node.target}")
-        sources = site.node.args[0]
-        assert isinstance(sources, (list, tuple))
+        sources = sources_of(site.node)
         if len(sources) != count:
             raise PostconditionError(f"site {k} has {len(sources)} sources instead of {count}")
-        parts = [self._expand(source, terms) for source in sources if isinstance(source, Node)]
+        parts = [self._expand(source, terms) for source in sources]
         if parts != [_bits(part) for part in site.parts]:
             raise PostconditionError(f"site {k} sums {list(map(_numbers, parts))} instead of {site.parts}")
         # Disjoint and complete: as many bits as there are terms so far, and every one of them.

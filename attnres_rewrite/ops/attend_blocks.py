@@ -1,0 +1,292 @@
+"""``torch.ops.attnres.attend_blocks``: phase one of the two-phase schedule (arXiv:2603.15031, section 4).
+
+Pseudo-queries do not depend on the input, so all S reads of a block can attend to the complete blocks before it in one
+pass over them. For blocks ``v_i`` ``[..., D]``, queries ``w_s`` ``[D]`` and gains ``g_s`` ``[D]``::
+
+    logit_si = scale * <w_s, v_i * rsqrt(mean(v_i^2, -1) + eps) * g_s>
+    m_s      = sum_i softmax_i(logit_si) * v_i          mixed [..., D]
+    l_s      = log sum_i exp(logit_si)                  log-sum [..., 1]
+
+``merge_partial`` makes of each the result of its read. Inner arithmetic is float32, or float64 if any input is; ``m``
+has the dtype of the blocks, ``l`` that of the arithmetic.
+
+In the expansions the S reads are a dimension beside the rows, ``[..., S, D]``, and not S copies of the code: a block is
+loaded once and met S times in cache, and what Inductor has to compile does not grow with S.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnres_rewrite._compat import register_inductor_decomposition
+from attnres_rewrite.ops.arithmetic import (
+    check_sources,
+    compute_dtype,
+    exponentials,
+    flat_rows,
+    folded_query,
+    hints,
+    keep_in_memory,
+    promoted_dtype,
+    query_grads,
+    scores,
+    softmax,
+    weighted_sum,
+)
+
+_FORWARD, _BACKWARD = "attnres::attend_blocks", "attnres::attend_blocks_backward"
+# No gains are an empty list. The result is the mixed of every read, then the log-sum of every read.
+_INPUTS = "Tensor[] blocks, Tensor[] queries, Tensor[] gains, float eps, float scale"
+
+torch.library.define(_FORWARD, f"({_INPUTS}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+# `wanted` has one flag per block, query and gain; only those gradients are returned.
+torch.library.define(
+    _BACKWARD, f"(Tensor[] grads, {_INPUTS}, bool[] wanted) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
+)
+
+
+def _check(blocks: Sequence[Tensor], queries: Sequence[Tensor], gains: Sequence[Tensor]) -> None:
+    if len(queries) == 0:
+        raise ValueError("attend_blocks: queries is empty; it needs one [D] for every read")
+    if len(gains) not in (0, len(queries)):
+        raise ValueError(f"attend_blocks: {len(gains)} gains for {len(queries)} queries; give one each, or none")
+    vectors = [(f"queries[{s}]", query) for s, query in enumerate(queries)]
+    check_sources("attend_blocks", blocks, *vectors, *((f"gains[{s}]", gain) for s, gain in enumerate(gains)))
+
+
+def _each_gain(queries: Sequence[Tensor], gains: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    return gains if gains else [None] * len(queries)
+
+
+def _folded_queries(blocks: Sequence[Tensor], queries: Sequence[Tensor], gains: Sequence[Tensor]) -> Tensor:
+    """Queries times gains ``[S, D]``, in the dtype of the inner arithmetic."""
+    dtype = compute_dtype(*blocks, *queries, *gains)
+    pairs = zip(queries, _each_gain(queries, gains), strict=True)
+    return torch.stack([folded_query(query, gain, dtype) for query, gain in pairs])
+
+
+def _rows(blocks: Sequence[Tensor], q: Tensor) -> list[Tensor]:
+    """Every block as ``[..., S, D]``, expanded and not copied."""
+    return [block.to(q.dtype).unsqueeze(-2).expand(*block.shape[:-1], *q.shape) for block in blocks]
+
+
+def _expand_forward(
+    blocks: Sequence[Tensor],
+    queries: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    eps: float,
+    scale: float,
+    *,
+    for_inductor: bool = False,
+) -> list[Tensor]:
+    _check(blocks, queries, gains)
+    row_by_row, stored = hints(for_inductor, blocks[0].device)
+    q = _folded_queries(blocks, queries, gains)
+    rows = _rows(blocks, q)
+    logits = [row_by_row(logit) for logit in scores(rows, q, eps, scale)[1]]
+    if len(blocks) == 1:
+        # The first block of a model reads the root alone: nothing to mix, so nothing to write.
+        return [blocks[0]] * len(queries) + list(stored(logits[0]).unbind(-2))
+    peak, exps, denominator = exponentials(logits)
+    factor = row_by_row(1.0 / denominator)
+    weights = [stored(exp * factor) for exp in exps]
+    wide = [block.to(q.dtype) for block in blocks]
+    mixed = [weighted_sum(wide, [w.select(-2, s) for w in weights]) for s in range(len(queries))]
+    # Kept, so that what merges it does not compute it again, in a kernel that depends on the number of blocks.
+    log_sum = stored(peak + torch.log(denominator))
+    dtype = promoted_dtype(blocks)
+    return [*(m.to(dtype).contiguous() for m in mixed), *log_sum.unbind(-2)]
+
+
+def _expand_backward(
+    grads: Sequence[Tensor],
+    blocks: Sequence[Tensor],
+    queries: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    eps: float,
+    scale: float,
+    wanted: Sequence[bool],
+    *,
+    for_inductor: bool = False,
+) -> list[Tensor]:
+    row_by_row, stored = hints(for_inductor, blocks[0].device)
+    n, reads = len(blocks), len(queries)
+    q = _folded_queries(blocks, queries, gains)
+    rows = _rows(blocks, q)
+    d_mixed = [grad.to(q.dtype) for grad in grads[:reads]]
+    d_log_sum = torch.stack([grad.to(q.dtype) for grad in grads[reads:]], -2)
+    inverse_rms, logits = scores(rows, q, eps, scale)
+    logits = [row_by_row(logit) for logit in logits]
+    if n == 1:
+        weights, d_logits = [torch.ones_like(d_log_sum)], [d_log_sum]
+    else:
+        weights = softmax(logits, 1.0, row_by_row)
+        wide = [block.to(q.dtype) for block in blocks]
+        d_weights = [torch.stack([(d * v).sum(-1, keepdim=True) for d in d_mixed], -2) for v in wide]
+        # A logit changes m by its block, against the mean over the blocks, and l by its weight.
+        mean = row_by_row(weighted_sum(d_weights, weights) - d_log_sum)
+        d_logits = [weight * (d_weight - mean) for weight, d_weight in zip(weights, d_weights, strict=True)]
+    on_query = [stored(d * inv * scale) for d, inv in zip(d_logits, inverse_rms, strict=True)]
+
+    found: list[Tensor] = []
+    for i, block in enumerate(blocks):
+        if wanted[i]:
+            on_row = stored(d_logits[i] * logits[i] * inverse_rms[i].square() / q.shape[-1])
+            weight = stored(weights[i])
+            # The sum over the reads is written out: as a reduction it would be a loop, and a kernel, of its own.
+            terms = [d_mixed[s] * weight.select(-2, s) + q[s] * on_query[i].select(-2, s) for s in range(reads)]
+            d_row = sum(terms[1:], terms[0]) - block.to(q.dtype) * on_row.sum(-2)
+            found.append(d_row.to(block.dtype).contiguous())
+    if any(wanted[n:]):
+        d_rows = weighted_sum(rows, on_query).reshape(-1, reads, q.shape[-1])
+        d_q = (keep_in_memory(d_rows) if for_inductor and n > 2 else d_rows).sum(0)
+        found += _vector_grads(d_q, queries, gains, wanted[n:])
+    return found
+
+
+def _vector_grads(
+    d_q: Tensor, queries: Sequence[Tensor], gains: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor]:
+    """The wanted gradients of the queries, then those of the gains, from ``d_q`` ``[S, D]``."""
+    on_gains = wanted[len(queries) :] or [False] * len(queries)
+    by_query: list[Tensor] = []
+    by_gain: list[Tensor] = []
+    for s, (query, gain) in enumerate(zip(queries, _each_gain(queries, gains), strict=True)):
+        by_query += query_grads(d_q[s], query, gain, (wanted[s], False))
+        by_gain += query_grads(d_q[s], query, gain, (False, on_gains[s]))
+    return by_query + by_gain
+
+
+def _flat_logits(blocks: Sequence[Tensor], q: Tensor, eps: float, scale: float) -> tuple[Tensor, Tensor]:
+    """Inverse RMS ``[n, rows, 1]`` and logits ``[n, rows, S]``."""
+    rows = [flat_rows(block, q.dtype) for block in blocks]
+    squares = torch.stack([torch.linalg.vector_norm(row, dim=-1, keepdim=True).square_() for row in rows])
+    inverse_rms = squares.div_(q.shape[-1]).add_(eps).rsqrt_()
+    return inverse_rms, torch.stack([row @ q.t() for row in rows]).mul_(inverse_rms).mul_(scale)
+
+
+def _forward(
+    blocks: Sequence[Tensor], queries: Sequence[Tensor], gains: Sequence[Tensor], eps: float, scale: float
+) -> list[Tensor]:
+    _check(blocks, queries, gains)
+    shape = blocks[0].shape
+    with torch.autocast(blocks[0].device.type, enabled=False):
+        q = _folded_queries(blocks, queries, gains)
+        _, logits = _flat_logits(blocks, q, eps, scale)
+        log_sum = torch.logsumexp(logits, 0)
+        weights = torch.softmax(logits, 0)
+        mixed = []
+        for s in range(len(queries)):
+            out = q.new_empty(shape)
+            rows = out.view(-1, q.shape[-1])
+            torch.mul(flat_rows(blocks[0], q.dtype), weights[0, :, s, None], out=rows)
+            for block, weight in zip(blocks[1:], weights[1:], strict=True):
+                rows.addcmul_(flat_rows(block, q.dtype), weight[:, s, None])
+            mixed.append(out.to(promoted_dtype(blocks)))
+        return [*mixed, *(column.reshape(*shape[:-1], 1).clone() for column in log_sum.unbind(-1))]
+
+
+def _backward(
+    grads: Sequence[Tensor],
+    blocks: Sequence[Tensor],
+    queries: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    eps: float,
+    scale: float,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    n, reads = len(blocks), len(queries)
+    with torch.autocast(blocks[0].device.type, enabled=False):
+        q = _folded_queries(blocks, queries, gains)
+        inverse_rms, logits = _flat_logits(blocks, q, eps, scale)
+        weights = torch.softmax(logits, 0)
+        d_mixed = [flat_rows(grad, q.dtype) for grad in grads[:reads]]
+        d_log_sum = torch.cat([flat_rows(grad, q.dtype) for grad in grads[reads:]], -1)
+        d_weights = torch.empty_like(weights)
+        for i, block in enumerate(blocks):
+            rows = flat_rows(block, q.dtype)
+            for s, d_out in enumerate(d_mixed):
+                torch.sum(d_out * rows, -1, out=d_weights[i, :, s])
+        d_logits = weights * (d_weights - (weights * d_weights).sum(0) + d_log_sum)
+        on_query = d_logits * inverse_rms * scale
+        on_row = (d_logits * logits).sum(-1, keepdim=True) * inverse_rms.square() / -q.shape[-1]
+
+        found: list[Tensor] = []
+        d_q = torch.zeros_like(q)
+        for i, block in enumerate(blocks):
+            rows = flat_rows(block, q.dtype)
+            d_q.addmm_(on_query[i].t(), rows)
+            if wanted[i]:
+                d_row = (on_query[i] @ q).addcmul_(rows, on_row[i])
+                for s, d_out in enumerate(d_mixed):
+                    d_row.addcmul_(d_out, weights[i, :, s, None])
+                found.append(d_row.to(block.dtype).view(block.shape))
+        return found + _vector_grads(d_q, queries, gains, wanted[n:])
+
+
+def _fake_forward(
+    blocks: Sequence[Tensor], queries: Sequence[Tensor], gains: Sequence[Tensor], eps: float, scale: float
+) -> list[Tensor]:
+    _check(blocks, queries, gains)
+    first, arithmetic = blocks[0], compute_dtype(*blocks, *queries, *gains)
+    mixed = [first.new_empty(first.shape, dtype=promoted_dtype(blocks)) for _ in queries]
+    return [*mixed, *(first.new_empty((*first.shape[:-1], 1), dtype=arithmetic) for _ in queries)]
+
+
+def _fake_backward(
+    grads: Sequence[Tensor],
+    blocks: Sequence[Tensor],
+    queries: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    eps: float,
+    scale: float,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    asked = zip((*blocks, *queries, *gains), wanted, strict=True)
+    return [tensor.new_empty(tensor.shape) for tensor, want in asked if want]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    blocks, queries, gains, *ctx.settings = inputs
+    ctx.counts = len(blocks), len(queries), len(gains)
+    ctx.outputs_like = [(tensor.shape, tensor.dtype) for tensor in output]
+    ctx.save_for_backward(*blocks, *queries, *gains)
+
+
+def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    n, reads, _ = ctx.counts
+    blocks, queries, gains = ctx.saved_tensors[:n], ctx.saved_tensors[n : n + reads], ctx.saved_tensors[n + reads :]
+    # What nothing was computed from has no gradient.
+    given = [
+        blocks[0].new_zeros(shape, dtype=dtype) if grad is None else grad
+        for grad, (shape, dtype) in zip(grads, ctx.outputs_like, strict=True)
+    ]
+    wanted = [flag for flags in ctx.needs_input_grad[:3] for flag in flags]
+    # Under create_graph the gradients must be differentiable themselves.
+    differentiable = torch.is_grad_enabled()
+    backward: Any = _expand_backward if differentiable else torch.ops.attnres.attend_blocks_backward
+    found = iter(backward(given, list(blocks), list(queries), list(gains), *ctx.settings, wanted))
+    by_input = [next(found) if want else None for want in wanted]
+    return by_input[:n], by_input[n : n + reads], by_input[n + reads :], None, None
+
+
+def _register() -> None:
+    torch.library.impl(_FORWARD, "CompositeExplicitAutograd", _forward)
+    torch.library.impl(_BACKWARD, "CompositeExplicitAutograd", _backward)
+    torch.library.register_fake(_FORWARD, _fake_forward)
+    torch.library.register_fake(_BACKWARD, _fake_backward)
+    torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_setup_context)
+    # Under a torch.func transform the op is its expansion, which vmap, grad and jvp see through.
+    torch.library.impl(_FORWARD, "FuncTorchDynamicLayerFrontMode", _expand_forward)
+
+    ops = torch.ops.attnres
+    register_inductor_decomposition(ops.attend_blocks.default, partial(_expand_forward, for_inductor=True))
+    register_inductor_decomposition(ops.attend_blocks_backward.default, partial(_expand_backward, for_inductor=True))
+
+
+_register()

@@ -1,0 +1,125 @@
+"""Pass 6: the reads of a block share one pass over the complete blocks (arXiv:2603.15031, section 4)."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch.fx import GraphModule, Node
+
+from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.graph import GraphBuilder
+from attnres_rewrite.passes.base import Pass, PostconditionError
+from attnres_rewrite.passes.insert_attnres import Site
+
+_ONE = torch.ops.attnres.block_attn_res.default
+_ATTEND = torch.ops.attnres.attend_blocks.default
+_MERGE = torch.ops.attnres.merge_partial.default
+
+
+class ScheduleReads(Pass):
+    """Write the sites that have the same complete blocks as one ``attend_blocks`` and a ``merge_partial`` each.
+
+    ::
+
+        [blocks]           ► block_attn_res ► read         [blocks] ► attend_blocks ─┬────────────► merge_partial ► read
+        [blocks, partial]  ► block_attn_res ► read   to                              ├─ partial ──► merge_partial ► read
+        [blocks, partial'] ► block_attn_res ► read                                   └─ partial' ─► merge_partial ► read
+
+    A site stays as it is where the configuration says ``"per_read"``, where nothing can be shared (one block, or one
+    read of the block), and where its neighbours belong to another checkpointed region, whose recomputation would then
+    need what this one computed.
+    """
+
+    def call(self, module: GraphModule, sites: Sequence[Site], config: AttnResConfig) -> list[Site]:
+        """Rewrite the sites of one stream in place; returns them in the same order."""
+        scheduled = {site.node: site for site in sites}
+        for group in _groups(sites):
+            if is_shared(config, blocks=len(_blocks(group[0])), reads=len(group)):
+                scheduled.update(zip([site.node for site in group], _share(module, group), strict=True))
+        module.graph.lint()
+        module.recompile()
+        return [scheduled[site.node] for site in sites]
+
+    def ensures(self, module: GraphModule, result: list[Site], *inputs: object) -> None:
+        """Every site attends over what it attended over before."""
+        (sites, _) = inputs
+        assert isinstance(sites, Sequence)
+        for before, after in zip(sites, result, strict=True):
+            if tuple(sources_of(after.node)) != before.sources:
+                raise PostconditionError(f"site {after.node.name} attends over {sources_of(after.node)}")
+
+    def summary(self, result: list[Site]) -> str:
+        """Counts for the log."""
+        return f"{sum(site.node.target is _MERGE for site in result)} of {len(result)} sites share their blocks"
+
+
+def is_shared(config: AttnResConfig, *, blocks: int, reads: int) -> bool:
+    """Whether ``reads`` sites over the same ``blocks`` complete blocks are evaluated in two phases."""
+    return config.schedule == "two_phase" and reads > 1
+
+
+def sources_of(site: Node) -> list[Node]:
+    """The sources of a site, in either schedule.
+
+    Raises:
+        PostconditionError: The node is no site, or the phases of a site do not belong together.
+    """
+    if site.target is _ONE:
+        return list(site.args[0])  # type: ignore[arg-type]
+    if site.target is not _MERGE:
+        raise PostconditionError(f"{site.name} is not a block_attn_res node but {site.target}")
+    mixed, log_sum, partial, query, gain, *settings = site.args
+    assert isinstance(mixed, Node)
+    assert isinstance(log_sum, Node)
+    attend, read = mixed.args
+    assert isinstance(attend, Node)
+    assert isinstance(read, int)
+    blocks, queries, gains, *shared = attend.args
+    reads = len(queries)  # type: ignore[arg-type]
+    of_read = (queries[read], gains[read] if gains else None)  # type: ignore[index]
+    if (
+        attend.target is not _ATTEND
+        or log_sum.args != (attend, read + reads)
+        or of_read != (query, gain)
+        or shared != settings[:2]
+    ):
+        raise PostconditionError(f"{site.name} merges what {attend.name} computed for another read")
+    return [*blocks, *([] if partial is None else [partial])]  # type: ignore[list-item,misc]
+
+
+def _blocks(site: Site) -> tuple[Node, ...]:
+    return site.sources[:-1] if site.has_partial else site.sources
+
+
+def _groups(sites: Sequence[Site]) -> list[list[Site]]:
+    """The sites by their complete blocks and checkpointed region, in graph order."""
+    groups: dict[object, list[Site]] = {}
+    for site in sites:
+        groups.setdefault((_blocks(site), site.node.meta.get("ac_graph_id")), []).append(site)
+    return list(groups.values())
+
+
+def _share(module: GraphModule, sites: Sequence[Site]) -> list[Site]:
+    """Replace the sites of one group."""
+    build, first = GraphBuilder(module), sites[0].node
+    queries, gains = [site.node.args[1] for site in sites], [site.node.args[2] for site in sites]
+    eps, scale = first.args[3:5]
+    with module.graph.inserting_before(first):
+        given = (list(_blocks(sites[0])), queries, [] if gains[0] is None else gains, eps, scale)
+        attend = build.call(_ATTEND, *given, like=first)
+        parts = [build.call(operator.getitem, attend, i, like=first) for i in range(2 * len(sites))]
+    return [_merged(build, site, *parts[i :: len(sites)]) for i, site in enumerate(sites)]
+
+
+def _merged(build: GraphBuilder, site: Site, mixed: Node, log_sum: Node) -> Site:
+    _, query, gain, eps, scale, is_sum = site.node.args
+    partial = site.sources[-1] if site.has_partial else None
+    total = float(len(site.sources)) if is_sum else 1.0
+    with build.graph.inserting_before(site.node):
+        node = build.call(_MERGE, mixed, log_sum, partial, query, gain, eps, scale, total, like=site.node)
+    site.node.replace_all_uses_with(node)
+    build.graph.erase_node(site.node)
+    return dataclasses.replace(site, node=node, read=node if site.read is site.node else site.read)

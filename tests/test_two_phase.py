@@ -1,0 +1,253 @@
+"""The two-phase schedule: its operators, its pass, and models that use it."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from models import Tower, gpt_neox, llama, prepared, randomise_sites, token_ids
+from reference_models import block_attn_res as listing
+from torch import Tensor, nn
+
+import attnres_rewrite as ar
+from attnres_rewrite.passes import PostconditionError, ScheduleReads
+from attnres_rewrite.passes.schedule_reads import sources_of
+
+attnres = torch.ops.attnres
+EPS, SCALE, WIDTH = 1e-5, 0.7, 16
+Reads = Callable[..., list[Tensor]]
+
+
+def inputs(blocks: int, reads: int, gain: bool = True, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], ...]:
+    """Blocks, queries, gains and partials; the first read has no partial."""
+    generator = torch.Generator().manual_seed(blocks * 10 + reads)
+
+    def make(count: int, *shape: int) -> list[Tensor]:
+        made = [torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
+        return [tensor.requires_grad_() for tensor in made]
+
+    vectors = make(reads, WIDTH), make(reads if gain else 0, WIDTH)
+    return make(blocks, 2, 3, WIDTH), *vectors, make(reads - 1, 2, 3, WIDTH)
+
+
+def two_phase(
+    blocks: Sequence[Tensor],
+    queries: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    partials: Sequence[Tensor],
+    sum: bool = False,
+) -> list[Tensor]:
+    shared = attnres.attend_blocks(list(blocks), list(queries), list(gains), EPS, SCALE)
+    results = []
+    for s, (query, partial) in enumerate(zip(queries, [None, *partials], strict=True)):
+        total = float(len(blocks) + (partial is not None)) if sum else 1.0
+        phase_one = shared[s], shared[len(queries) + s]
+        gain = gains[s] if gains else None
+        results.append(attnres.merge_partial(*phase_one, partial, query, gain, EPS, SCALE, total))
+    return results
+
+
+def read_by_read(
+    blocks: Sequence[Tensor],
+    queries: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    partials: Sequence[Tensor],
+    sum: bool = False,
+) -> list[Tensor]:
+    """The paper's equation, written elsewhere, for every read."""
+    sources = [list(blocks), *([*blocks, partial] for partial in partials)]
+    options = {"aggregation": "sum" if sum else "mean", "eps": EPS, "scale": SCALE}
+    every_gain = gains if gains else [None] * len(queries)
+    return [listing(*read, **options) for read in zip(sources, queries, every_gain, strict=True)]
+
+
+def gradients(reads: Reads, arguments: tuple[list[Tensor], ...], sum: bool) -> tuple[Tensor, ...]:
+    results = reads(*arguments, sum)
+    weights = [torch.linspace(-1, 1 + i, out.numel(), dtype=out.dtype).view(out.shape) for i, out in enumerate(results)]
+    loss = torch.stack([(out * weight).sum() for out, weight in zip(results, weights, strict=True)]).sum()
+    return torch.autograd.grad(loss, list(itertools.chain(*arguments)))
+
+
+@pytest.mark.parametrize("sum", [False, True])
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize(("blocks", "reads"), [(1, 2), (2, 1), (4, 3)])
+def test_the_two_phases_are_the_equation(blocks: int, reads: int, gain: bool, sum: bool) -> None:
+    arguments = inputs(blocks, reads, gain)
+    for found, expected in zip(two_phase(*arguments, sum), read_by_read(*arguments, sum), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    pairs = zip(gradients(two_phase, arguments, sum), gradients(read_by_read, arguments, sum), strict=True)
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("blocks", "reads"), [(1, 2), (3, 3)])
+def test_compiled_by_inductor_they_are_the_equation(blocks: int, reads: int) -> None:
+    arguments = inputs(blocks, reads)
+    compiled = torch.compile(two_phase, fullgraph=True)
+    for found, expected in zip(compiled(*arguments), read_by_read(*arguments), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    pairs = zip(gradients(compiled, arguments, False), gradients(read_by_read, arguments, False), strict=True)
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_gradients_are_those_of_finite_differences_twice() -> None:
+    arguments = inputs(2, 2)
+    flat, counts = list(itertools.chain(*arguments)), [len(part) for part in arguments]
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(tensors)
+        return tuple(two_phase(*([next(rest) for _ in range(count)] for count in counts), True))
+
+    assert torch.autograd.gradcheck(call, flat)
+    assert torch.autograd.gradgradcheck(call, [tensor.detach()[..., :4].requires_grad_() for tensor in flat])
+
+
+def test_opcheck() -> None:
+    blocks, queries, gains, partials = inputs(3, 2)
+    torch.library.opcheck(attnres.attend_blocks.default, (blocks, queries, gains, EPS, SCALE))
+    shared = [tensor.detach().requires_grad_() for tensor in attnres.attend_blocks(blocks, queries, gains, EPS, SCALE)]
+    for partial, total in ((partials[0], 1.0), (None, 3.0)):
+        arguments = (shared[1], shared[3], partial, queries[1], gains[1], EPS, SCALE, total)
+        torch.library.opcheck(attnres.merge_partial.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_rounds_the_mixed_and_the_result(dtype: torch.dtype) -> None:
+    arguments = inputs(5, 3, dtype=dtype)
+    exact = read_by_read(*([tensor.double() for tensor in part] for part in arguments))
+    results = two_phase(*arguments)
+    assert {out.dtype for out in results} == {dtype}
+    for found, expected in zip(results, exact, strict=True):
+        assert (found.double() - expected).norm() <= 2 * torch.finfo(dtype).eps * expected.norm()
+    assert {tensor.dtype for tensor in gradients(two_phase, arguments, False)} == {dtype}
+
+
+def test_logits_of_any_size_do_not_overflow() -> None:
+    blocks, queries, gains, partials = inputs(3, 2, dtype=torch.float32)
+    for factor in (1e4, -1e4):
+        steep = [query * factor for query in queries]
+        for found, expected in zip(
+            two_phase(blocks, steep, gains, partials), read_by_read(blocks, steep, gains, partials), strict=True
+        ):
+            torch.testing.assert_close(found, expected)
+
+
+def test_a_read_that_nothing_uses_adds_no_gradient() -> None:
+    arguments = inputs(3, 3)
+    blocks, queries, gains, partials = arguments
+    used = [*blocks, queries[1], gains[1], partials[0]]
+    found = torch.autograd.grad(two_phase(*arguments)[1].sum(), [*used, queries[0], queries[2]])
+    expected = torch.autograd.grad(read_by_read(*arguments)[1].sum(), used)
+    torch.testing.assert_close(found[: len(used)], expected, rtol=1e-11, atol=1e-11)
+    assert not any(gradient.any() for gradient in found[len(used) :])
+
+
+def test_transforms_of_torch_func() -> None:
+    blocks, queries, gains, partials = ([t.detach() for t in part] for part in inputs(3, 2))
+
+    def loss(blocks: list[Tensor], query: Tensor) -> Tensor:
+        return two_phase(blocks, [queries[0], query], gains, partials)[1].square().sum()
+
+    def expected_loss(blocks: list[Tensor], query: Tensor) -> Tensor:
+        return read_by_read(blocks, [queries[0], query], gains, partials)[1].square().sum()
+
+    found = torch.func.grad(loss, argnums=(0, 1))(blocks, queries[1])
+    torch.testing.assert_close(found, torch.func.grad(expected_loss, argnums=(0, 1))(blocks, queries[1]))
+    mapped = torch.vmap(loss, in_dims=(None, 0))(blocks, torch.stack(queries))
+    torch.testing.assert_close(mapped, torch.stack([expected_loss(blocks, query) for query in queries]))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda b, q, g, p: attnres.attend_blocks(b, [], [], EPS, SCALE), "queries is empty"),
+        (lambda b, q, g, p: attnres.attend_blocks(b, q, g[:1], EPS, SCALE), "1 gains for 2 queries"),
+        (lambda b, q, g, p: attnres.attend_blocks([], q, g, EPS, SCALE), "sources is empty"),
+        (
+            lambda b, q, g, p: attnres.attend_blocks(b, [q[0], q[0][:3]], [], EPS, SCALE),
+            r"queries\[1\] has shape \(3,\)",
+        ),
+        (lambda b, q, g, p: attnres.merge_partial(b[0], b[0], p[0], q[0], None, EPS, SCALE, 1.0), "log_sum has shape"),
+        (
+            lambda b, q, g, p: attnres.merge_partial(b[0], b[0][..., :1], p[0][:1], q[0], None, EPS, SCALE, 1.0),
+            r"sources\[1\] has shape",
+        ),
+    ],
+)
+def test_bad_input(call: Callable[..., object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(*inputs(2, 2))
+
+
+# The pass
+
+
+def counted(module: torch.fx.GraphModule) -> dict[str, int]:
+    names = ("block_attn_res", "attend_blocks", "merge_partial")
+    targets = [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
+    return {name: sum(target == f"attnres.{name}.default" for target in targets) for name in names}
+
+
+def tower_graph(layers: int, **options: object) -> torch.fx.GraphModule:
+    torch.manual_seed(0)
+    module = torch.fx.symbolic_trace(Tower(layers))
+    return ar.rewrite(module, example_inputs=torch.randn(2, 3, 32), config=ar.AttnResConfig(**options))
+
+
+def test_every_block_is_attended_to_once() -> None:
+    # Six layers of two branch outputs in three blocks: 12 sites, the last alone after the last block.
+    module = tower_graph(6, blocks=3, schedule="two_phase")
+    assert counted(module) == {"block_attn_res": 1, "attend_blocks": 3, "merge_partial": 11}
+    attends = [node for node in module.graph.nodes if "attend_blocks" in str(node.target)]
+    assert [(len(node.args[0]), len(node.args[1])) for node in attends] == [(1, 3), (2, 4), (3, 4)]
+    assert counted(tower_graph(6, blocks=3, schedule="per_read")) == {
+        "block_attn_res": 12,
+        "attend_blocks": 0,
+        "merge_partial": 0,
+    }
+
+
+def test_full_attention_residuals_share_nothing() -> None:
+    assert counted(tower_graph(3, blocks="full", schedule="two_phase"))["attend_blocks"] == 0
+
+
+def test_sites_are_told_apart_by_the_check() -> None:
+    module = tower_graph(4, blocks=2, schedule="two_phase")
+    merges = [node for node in module.graph.nodes if "merge_partial" in str(node.target)]
+    assert [len(sources_of(node)) for node in merges] == [2, 2, 2, 2, 3, 3, 3][: len(merges)]
+    first, second = merges[-2:]
+    second.update_arg(0, first.args[0])
+    with pytest.raises(PostconditionError, match="computed for another read"):
+        sources_of(second)
+    with pytest.raises(PostconditionError, match="is not a block_attn_res node"):
+        sources_of(next(iter(module.graph.nodes)))
+
+
+def test_the_pass_sees_that_it_changed_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnres_rewrite.passes.schedule_reads.sources_of", lambda node: [])
+    with pytest.raises(PostconditionError, match="attends over"):
+        tower_graph(4, blocks=2, schedule="two_phase")
+
+
+def test_the_log_counts_what_is_shared(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG", logger="attnres_rewrite.passes"):
+        tower_graph(4, blocks=2, schedule="two_phase")
+    assert f"{ScheduleReads.__name__}: 7 of 8 sites share their blocks" in caplog.text
+
+
+# Models
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "sum"])
+@pytest.mark.parametrize("make", [llama, gpt_neox], ids=lambda make: make.__name__)
+def test_both_schedules_are_one_model(make: Callable[[], nn.Module], aggregation: str) -> None:
+    found = {}
+    for schedule in ("per_read", "two_phase"):
+        model = prepared(make(), torch.float64)
+        config = ar.AttnResConfig(blocks=2, schedule=schedule, aggregation=aggregation)
+        randomise_sites(ar.rewrite(model, config=config, backend="aot_eager"))
+        loss = model(input_ids=token_ids(), labels=token_ids()).loss
+        loss.backward()
+        found[schedule] = [loss.detach(), *(p.grad for p in model.parameters())]
+    torch.testing.assert_close(found["two_phase"], found["per_read"], rtol=1e-9, atol=1e-12)
