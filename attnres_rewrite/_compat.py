@@ -40,9 +40,14 @@ def is_checkpoint(node: torch.fx.Node) -> bool:
 
 def recompute_tags(region_id: int) -> dict[str, Any]:
     """Node metadata that makes the partitioner recompute a node of checkpointed region ``region_id``."""
+    return {**recompute_tag(), "ac_graph_id": region_id}
+
+
+def recompute_tag() -> dict[str, Any]:
+    """Node metadata that makes the partitioner recompute a node, which belongs to no region, in the backward."""
     from torch.utils.checkpoint import CheckpointPolicy
 
-    return {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": region_id}
+    return {"recompute": CheckpointPolicy.PREFER_RECOMPUTE}
 
 
 def reading_region(value: torch.fx.Node) -> int | None:
@@ -88,17 +93,49 @@ def register_backend(name: str, backend: Callable[..., Any]) -> None:
         registry.register_backend(compiler_fn=backend, name=name)
 
 
-def inductor_compile(module: torch.fx.GraphModule, inputs: list[Any], mode: str | None, options: Any) -> Any:
-    """Compile ``module`` with Inductor under ``torch.compile``'s ``mode`` and ``options``."""
+def inductor_compile(
+    module: torch.fx.GraphModule,
+    inputs: list[Any],
+    mode: str | None,
+    options: Any,
+    joint_pass: Callable[[torch.fx.Graph], None],
+) -> Any:
+    """Compile ``module`` with Inductor under ``torch.compile``'s ``mode`` and ``options``.
+
+    ``joint_pass`` is run over the graph of forward and backward before it is partitioned into the two.
+    """
     import torch._inductor as inductor
 
     patches = dict(inductor.list_mode_options(mode)) if mode and mode != "default" else {}
     patches.update(options or {})
+    before = patches.get("joint_custom_post_pass", inductor.config.joint_custom_post_pass)
+    patches["joint_custom_post_pass"] = _inductor_pass(joint_pass, before)
     # The cache of compiled autograd graphs does not look at these tags, so it would not tell two models apart of
     # which one is checkpointed.
     tagged = any("ac_graph_id" in node.meta for node in module.graph.nodes)
     with functorch_config.patch(enable_autograd_cache=False) if tagged else contextlib.nullcontext():
-        return inductor.compile(module, inputs, options=patches or None)
+        return inductor.compile(module, inputs, options=patches)
+
+
+def _inductor_pass(function: Callable[[torch.fx.Graph], None], before: Any) -> Any:
+    """``function`` as a pass of Inductor, after those that are set already."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    others = () if before is None else tuple(before) if isinstance(before, (list, tuple)) else (before,)
+
+    class JointPass(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            for other in others:
+                other(graph)
+            function(graph)
+
+        def uuid(self) -> Any:
+            # None keeps the graph out of the caches on disk, which is what a pass without a name gets anywhere.
+            names = [getattr(other, "uuid", lambda: None)() for other in others]
+            mine = get_hash_for_files((inspect.getfile(function),))
+            return None if None in names else (*names, mine)
+
+    return JointPass()
 
 
 def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -26,8 +26,8 @@ class AttnResConfig:
         scale: Factor on the logits. The paper has none, so 1.0.
         key_gain: Whether each site learns a gain ``[D]`` on its normalised keys.
         schedule: How the sites are evaluated: ``"per_read"`` (one fused pass per read), ``"two_phase"`` (the reads of a
-            block share one pass over the complete blocks, the paper's section 4; equal up to rounding), or ``"auto"``,
-            which at present always chooses ``"per_read"``.
+            block share one pass over the complete blocks, the paper's section 4; equal up to rounding), or ``"auto"``:
+            in two phases where Inductor compiles the model, read by read elsewhere.
         streams: Names of the owner modules whose streams are rewritten; ``None`` means all.
 
     Raises:

@@ -10,8 +10,9 @@ pass over them. For blocks ``v_i`` ``[..., D]``, queries ``w_s`` ``[D]`` and gai
 ``merge_partial`` makes of each the result of its read. Inner arithmetic is float32, or float64 if any input is; ``m``
 has the dtype of the blocks, ``l`` that of the arithmetic.
 
-In the expansions the S reads are a dimension beside the rows, ``[..., S, D]``, and not S copies of the code: a block is
-loaded once and met S times in cache, and what Inductor has to compile does not grow with S.
+In the expansions the S reads are a dimension of the scalars, ``[..., S, 1]``, and not S copies of the code for them;
+what is as wide as a block, the S results and the gradients, is written out. docs/performance.md compares this with
+other ways to write it.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def _expand_backward(
     row_by_row, stored = hints(for_inductor, blocks[0].device)
     n, reads = len(blocks), len(queries)
     q = _folded_queries(blocks, queries, gains)
-    rows = _rows(blocks, q)
+    rows, wide = _rows(blocks, q), [block.to(q.dtype) for block in blocks]
     d_mixed = [grad.to(q.dtype) for grad in grads[:reads]]
     d_log_sum = torch.stack([grad.to(q.dtype) for grad in grads[reads:]], -2)
     inverse_rms, logits = scores(rows, q, eps, scale)
@@ -126,7 +127,6 @@ def _expand_backward(
         weights, d_logits = [torch.ones_like(d_log_sum)], [d_log_sum]
     else:
         weights = softmax(logits, 1.0, row_by_row)
-        wide = [block.to(q.dtype) for block in blocks]
         d_weights = [torch.stack([(d * v).sum(-1, keepdim=True) for d in d_mixed], -2) for v in wide]
         # A logit changes m by its block, against the mean over the blocks, and l by its weight.
         mean = row_by_row(weighted_sum(d_weights, weights) - d_log_sum)
@@ -140,19 +140,22 @@ def _expand_backward(
             weight = stored(weights[i])
             # The sum over the reads is written out: as a reduction it would be a loop, and a kernel, of its own.
             terms = [d_mixed[s] * weight.select(-2, s) + q[s] * on_query[i].select(-2, s) for s in range(reads)]
-            d_row = sum(terms[1:], terms[0]) - block.to(q.dtype) * on_row.sum(-2)
+            d_row = sum(terms[1:], terms[0]) - wide[i] * on_row.sum(-2)
             found.append(d_row.to(block.dtype).contiguous())
     if any(wanted[n:]):
-        d_rows = weighted_sum(rows, on_query).reshape(-1, reads, q.shape[-1])
-        d_q = (keep_in_memory(d_rows) if for_inductor and n > 2 else d_rows).sum(0)
+        d_q = []
+        for s in range(reads):
+            d_rows = weighted_sum(wide, [scalar.select(-2, s) for scalar in on_query]).reshape(-1, q.shape[-1])
+            # This reduction runs over rows, in a loop of its own: let it read one tensor, not every block again.
+            d_q.append((keep_in_memory(d_rows) if for_inductor and n > 1 else d_rows).sum(0))
         found += _vector_grads(d_q, queries, gains, wanted[n:])
     return found
 
 
 def _vector_grads(
-    d_q: Tensor, queries: Sequence[Tensor], gains: Sequence[Tensor], wanted: Sequence[bool]
+    d_q: Sequence[Tensor], queries: Sequence[Tensor], gains: Sequence[Tensor], wanted: Sequence[bool]
 ) -> list[Tensor]:
-    """The wanted gradients of the queries, then those of the gains, from ``d_q`` ``[S, D]``."""
+    """The wanted gradients of the queries, then those of the gains, from ``d_q``, a ``[D]`` for every read."""
     on_gains = wanted[len(queries) :] or [False] * len(queries)
     by_query: list[Tensor] = []
     by_gain: list[Tensor] = []
