@@ -1,4 +1,4 @@
-"""The command line: ``attnres demo``, ``attnres explain`` and ``attnres export``."""
+"""The command line: ``attnres demo``, ``attnres explain``, ``attnres export`` and ``attnres bench``."""
 
 # No postponed annotations here: typer reads them, and they name things that are imported in functions.
 import contextlib
@@ -29,6 +29,7 @@ EXTRAS = {
     "onnxruntime": "onnx",
 }
 PROVIDERS = ("cpu", "cuda", "webgpu", "dml")
+SCHEDULES = ("auto", "per_read", "two_phase")
 # What a message lists of the keys that do not fit.
 _KEYS_SHOWN = 6
 
@@ -126,6 +127,49 @@ def make_app() -> "typer.Typer":
         with telling_errors(as_json):
             print(export_model(model, out, parse_blocks(blocks), weights, as_json=as_json, **options))
 
+    @app.command()
+    def bench(
+        model: Annotated[str, typer.Argument(help="A Hugging Face config folder, or module:factory.")],
+        blocks: Annotated[str, typer.Option(help='Number of blocks, or "full".')] = "8",
+        batch: Annotated[int | None, typer.Option(min=1, help="Sequences of tokens; else 2, or the example's.")] = None,
+        length: Annotated[int | None, typer.Option(min=1, help="Tokens in each; else 256, or the example's.")] = None,
+        rounds: Annotated[int, typer.Option(min=1, help="Timed rounds: a step of each form.")] = 20,
+        warmup: Annotated[int, typer.Option(min=1, help="Rounds before them; the first compiles.")] = 3,
+        seconds: Annotated[float | None, typer.Option(help="Time all rounds, but five, in as long as this.")] = None,
+        device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto is the GPU if there is one.")] = "auto",
+        dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; else as the model comes.")] = None,
+        threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+        schedule: Annotated[str, typer.Option(help=f"How sites are evaluated: {', '.join(SCHEDULES)}.")] = "auto",
+        backend: Annotated[str, typer.Option(help="What compiles both forms.")] = "inductor",
+        training: Annotated[bool, typer.Option(help="Training steps: forward, loss, backward, AdamW.")] = True,
+        inference: Annotated[bool, typer.Option(help="Forwards without gradients.")] = True,
+        decode: Annotated[bool, typer.Option(help="One token a sequence, with a filled key-value cache.")] = False,
+        cached: Annotated[int | None, typer.Option(min=1, help="Tokens in it; else as many as --length.")] = None,
+        alone: Annotated[bool, typer.Option(help="Compile times and memory too, which takes minutes.")] = False,
+        json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    ) -> None:
+        """Time a model rewritten and compiled against the same model plain and compiled."""
+        run_bench(
+            model,
+            json_file,
+            alone=alone,
+            blocks=parse_blocks(blocks),
+            batch=batch,
+            length=length,
+            rounds=rounds,
+            warmup=warmup,
+            seconds=seconds,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            schedule=schedule,
+            backend=backend,
+            training=training,
+            inference=inference,
+            decode=decode,
+            cached=cached,
+        )
+
     return app
 
 
@@ -170,6 +214,46 @@ def run_demo(**settings: Any) -> None:
         demo.run_demo(demo.DemoSettings(**settings), Console())
     except (ValueError, FileNotFoundError) as error:
         raise CommandError(str(error)) from error
+
+
+def run_bench(name: str, json_file: Path | None, *, alone: bool, **settings: Any) -> None:
+    """Measure a model named on the command line and print a table; progress goes to standard error.
+
+    Args:
+        name: As for :func:`load_model`.
+        json_file: Where the results are written too.
+        alone: Whether to measure compile times and memory.
+        **settings: Those of :class:`attnres_rewrite.bench.BenchSettings`.
+
+    Raises:
+        CommandError: There is no such model, or a setting has no such value.
+        AttnResError: The model cannot be rewritten, or there are no inputs for it.
+    """
+    from rich.console import Console
+
+    from attnres_rewrite import AttnResError, bench
+
+    if settings["schedule"] not in SCHEDULES:
+        raise CommandError(f"--schedule takes {', '.join(SCHEDULES)}, not {settings['schedule']!r}")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise CommandError(f"--json {json_file}: the folder {json_file.parent} does not exist")
+    progress = Console(stderr=True)
+    try:
+        wanted = bench.BenchSettings(**settings)
+        device = str(wanted.resolve_device())
+    except AttnResError:
+        raise
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    result = bench.compare(lambda: load_model(name, device), wanted, progress=progress.print)
+    if alone:
+        progress.print("Measuring compile times and memory, each form in a process with an empty cache")
+        result = dataclasses.replace(result, alone=bench.run_alone(name, wanted))
+    Console().print(result.table())
+    for note in result.notes():
+        print(note)
+    if json_file is not None:
+        result.save(json_file)
 
 
 def explain_model(name: str, blocks: int | Literal["full"], *, as_json: bool = False) -> str:

@@ -1,192 +1,244 @@
 """Block AttnRes in a whole model, against the same model compiled without it.
 
-A Llama-architecture model runs plain and rewritten. Compile time (cold cache) and peak memory are
-measured in a process of their own for each; step times of both are interleaved in one process, and the
-ratio of the medians is what counts.
+A Llama-architecture model runs plain and rewritten. Step times of both are interleaved in one process, and the median
+of the ratios of the rounds is what counts; `attnres_rewrite.bench` measures, for any model. For a single size compile
+time (cold cache) and peak memory are measured too, in a process of their own for each form.
 
     python benchmarks/end_to_end.py [--layers 12] [--width 512] [--length 256] [--batch 2] [--blocks 8]
+    python benchmarks/end_to_end.py --grid [--seconds 20]
+
+The grid is 27 sizes, each in a process of its own. Every size is written when it is done, and one that the file has
+from the same commit is skipped: what was interrupted goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import dataclasses
+import itertools
 import json
-import os
-import resource
-import statistics
+import multiprocessing
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import torch
 from _environment import environment, write_results
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
-import attnres_rewrite
+from attnres_rewrite.bench import BenchResult, BenchSettings, compare, run_alone
+from attnres_rewrite.cli import load_model
 
 RESULTS = Path(__file__).parent / "results" / "end_to_end.json"
-VOCABULARY = 8192
-FORMS = ("plain", "attnres")
+VOCABULARY, HEAD = 8192, 64
+LAYERS, WIDTHS, LENGTHS = (6, 12, 24), (256, 512, 1024), (128, 512, 1024)
+# Sequences of a batch of the grid have this many tokens together.
+TOKENS = 1024
+# What compiling and timing all kinds of step took on two cores, for a first estimate: seconds, and seconds a layer.
+PRIOR = (40.0, 25.0)
 
 
-def make_model(form: str, options: argparse.Namespace) -> nn.Module:
-    """The model, on its device: compiled plain, or rewritten with random queries."""
-    torch.manual_seed(0)
+def save_config(folder: Path, layers: int, width: int) -> None:
+    """Write the configuration of a Llama of this size."""
     config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
         vocab_size=VOCABULARY,
-        hidden_size=options.width,
-        intermediate_size=options.width * 8 // 3,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.width // 64,
-        num_key_value_heads=options.width // 64,
-        use_cache=False,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=width // HEAD,
+        num_key_value_heads=width // HEAD,
     )
-    model = LlamaForCausalLM(config).to(options.device, getattr(torch, options.dtype))
-    if form == "plain":
-        model.compile()
-        return model
-    attnres_rewrite.rewrite(model, blocks=options.blocks)
-    for name, parameter in attnres_rewrite.attnres_parameters(model):
-        if name.endswith("query"):
-            nn.init.normal_(parameter, std=options.width**-0.5)
-    return model
+    config.save_pretrained(folder)
 
 
-def make_steps(model: nn.Module, options: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    """A training step (forward, backward, AdamW) and an inference step of ``model``."""
-    tokens = torch.randint(VOCABULARY, (options.batch, options.length), device=options.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-
-    def train() -> None:
-        model.train()
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    @torch.no_grad()
-    def infer() -> None:
-        model.eval()
-        model(input_ids=tokens)
-
-    return {"training": train, "inference": infer}
+def settings_of(size: dict[str, int], options: argparse.Namespace) -> BenchSettings:
+    return BenchSettings(
+        blocks=min(options.blocks, size["layers"]),
+        schedule=options.schedule,
+        batch=size["batch"],
+        length=size["length"],
+        rounds=options.rounds,
+        warmup=options.warmup,
+        seconds=options.seconds,
+        device=options.device,
+        dtype=options.dtype,
+        threads=options.threads,
+        decode=True,
+    )
 
 
-def synchronise(device: str) -> None:
-    """Wait until everything that was launched has run."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def timed(step: Callable[[], None], device: str) -> float:
-    """Seconds that one call takes."""
-    synchronise(device)
-    start = time.perf_counter()
-    step()
-    synchronise(device)
-    return time.perf_counter() - start
-
-
-def peak_memory(step: Callable[[], None], device: str) -> float:
-    """Peak memory in MB while ``step`` runs: of the device, or the resident set of this process."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        timed(step, device)
-        return torch.cuda.max_memory_allocated() / 2**20
-    gc.collect()
-    reset = Path("/proc/self/clear_refs")
-    if reset.exists():
-        reset.write_text("5")  # resets the high-water mark of the resident set
-    step()
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def measure_alone(form: str, options: argparse.Namespace) -> dict[str, float]:
-    """Compile times in seconds and peak memory in MB of one form; for a process of its own."""
-    steps = make_steps(make_model(form, options), options)
-    measured = {}
-    for name, step in steps.items():
-        first = timed(step, options.device)
-        again = statistics.median(timed(step, options.device) for _ in range(3))
-        measured[f"{name}_compile_s"] = first - again
-        measured[f"{name}_peak_mb"] = peak_memory(step, options.device)
-    return measured
-
-
-def run_alone(form: str) -> dict[str, float]:
-    """:func:`measure_alone` in a new process with an empty compile cache."""
-    with tempfile.TemporaryDirectory() as cache:
-        environ = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-        command = [sys.executable, __file__, *sys.argv[1:], "--alone", form]
-        output = subprocess.run(command, env=environ, check=True, capture_output=True, text=True).stdout
-    result: dict[str, float] = json.loads(output.splitlines()[-1])
+def measure(size: dict[str, int], settings: BenchSettings, *, alone: bool) -> BenchResult:
+    """All figures of one size; for a process of its own, as what one size leaves behind is not for the next."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_config(Path(folder), size["layers"], size["width"])
+        device = str(settings.resolve_device())
+        result = compare(lambda: load_model(folder, device), settings, progress=lambda text: print(f"  {text}"))
+        if alone:
+            print("  Measuring compile times and memory of either form alone", flush=True)
+            result = dataclasses.replace(result, alone=run_alone(folder, settings))
     return result
 
 
-def interleaved(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Median step times of both forms, a step of one after a step of the other, and their ratio."""
-    steps = {form: make_steps(make_model(form, options), options) for form in FORMS}
-    results = {}
-    for name in ("training", "inference"):
-        times: dict[str, list[float]] = {form: [] for form in FORMS}
-        for round_number in range(options.rounds + options.warmup):
-            # The order alternates, so that neither form always runs on the other's warm cache.
-            for form in FORMS if round_number % 2 else FORMS[::-1]:
-                seconds = timed(steps[form][name], options.device)
-                if round_number >= options.warmup:
-                    times[form].append(seconds)
-        medians = {form: statistics.median(values) for form, values in times.items()}
-        pairs = [a / p for a, p in zip(times["attnres"], times["plain"], strict=True)]
-        results[name] = {
-            "plain_ms": medians["plain"] * 1e3,
-            "attnres_ms": medians["attnres"] * 1e3,
-            "ratio": medians["attnres"] / medians["plain"],
-            "median_of_pair_ratios": statistics.median(pairs),
-        }
-    return results
+def measure_apart(size: dict[str, int], settings: BenchSettings, *, alone: bool) -> BenchResult:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(measure, size, settings, alone=alone).result()
+
+
+def entry(size: dict[str, int], result: BenchResult, commit: str | None) -> dict[str, Any]:
+    """What the file has of one size."""
+    found = result.to_dict()
+    kept = ("parameters", "cached", "times", "skipped", *(["alone"] if result.alone else []))
+    return {**key_of(size, result.settings), "commit": commit, **{name: found[name] for name in kept}}
+
+
+def key_of(size: dict[str, int], settings: BenchSettings) -> dict[str, Any]:
+    """What tells the entry of one size from the others; one of another machine does not belong into the file."""
+    names = ("blocks", "schedule", "dtype", "threads")
+    return {**size, **{name: getattr(settings, name) for name in names}, "device": str(settings.resolve_device())}
+
+
+def find(entries: list[dict[str, Any]], key: dict[str, Any]) -> dict[str, Any] | None:
+    return next((e for e in entries if key.items() <= e.items()), None)
+
+
+def commit_of_code() -> str | None:
+    """The commit, marked as changed only if something else than results differs from it: this program writes some."""
+    commit: str | None = environment()["commit"]
+    if commit is None or not commit.endswith("-dirty"):
+        return commit
+    command = ["git", "diff", "--quiet", "HEAD", "--", ":/", ":(exclude,top)benchmarks/results"]
+    same = subprocess.run(command, cwd=Path(__file__).parent).returncode == 0
+    return commit.removesuffix("-dirty") if same else commit
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """The sizes that the file has; none if it is of another form."""
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return []
+    sizes: list[dict[str, Any]] = found.get("sizes", [])
+    return sizes
+
+
+def record(path: Path, new: dict[str, Any], key: dict[str, Any], commit: str | None) -> None:
+    """Put the entry of a size into the file, in the place of the one that it has of it."""
+    entries = [e for e in read_entries(path) if not key.items() <= e.items()] + [new]
+    entries.sort(key=lambda e: (e["layers"], e["width"], e["length"], e["batch"]))
+    write_results(path, {"environment": {**environment(), "commit": commit}, "sizes": entries})
+
+
+def sizes_of_grid(batch: int | None) -> Iterator[dict[str, int]]:
+    for layers, width, length in itertools.product(LAYERS, WIDTHS, LENGTHS):
+        yield {"layers": layers, "width": width, "length": length, "batch": batch or max(1, TOKENS // length)}
+
+
+class Remaining:
+    """An estimate of the time that is left, from the time that the sizes before took."""
+
+    def __init__(self, sizes: list[dict[str, int]]) -> None:
+        self.left = list(sizes)
+        self.took = self.expected = 0.0
+
+    @staticmethod
+    def prior(size: dict[str, int]) -> float:
+        return PRIOR[0] + PRIOR[1] * size["layers"]
+
+    def done(self, size: dict[str, int], seconds: float | None) -> None:
+        """Count ``size`` as done; ``None``: without taking time."""
+        self.left.remove(size)
+        if seconds is not None:
+            self.took += seconds
+            self.expected += self.prior(size)
+
+    def __str__(self) -> str:
+        slower = self.took / self.expected if self.expected else 1.0
+        minutes = slower * sum(map(self.prior, self.left)) / 60
+        return f"{len(self.left)} sizes left, about {minutes:.0f} min"
+
+
+def run_grid(options: argparse.Namespace) -> None:
+    """Measure all sizes that the file has not got from this commit."""
+    sizes, commit = list(sizes_of_grid(options.batch)), commit_of_code()
+    remaining = Remaining(sizes)
+    for size in sizes:
+        settings = settings_of(size, options)
+        key = key_of(size, settings)
+        known = find(read_entries(options.out), key)
+        if known is not None and known["commit"] == commit:
+            remaining.done(size, None)
+            continue
+        print(f"{_words(size)} ({remaining})", flush=True)
+        start = time.perf_counter()
+        try:
+            result = measure_apart(size, settings, alone=False)
+        except BrokenProcessPool:
+            # Out of memory, as a rule; the sizes after it may be smaller.
+            print("  the process was killed, so there are no figures of this size", flush=True)
+        else:
+            record(options.out, entry(size, result, commit), key, commit)
+            show(result)
+        remaining.done(size, time.perf_counter() - start)
+
+
+def run_single(options: argparse.Namespace) -> None:
+    size = {name: getattr(options, name) for name in ("layers", "width", "length")}
+    size["batch"] = options.batch or 2
+    settings, commit = settings_of(size, options), commit_of_code()
+    print(_words(size), flush=True)
+    result = measure_apart(size, settings, alone=True)
+    record(options.out, entry(size, result, commit), key_of(size, settings), commit)
+    show(result)
+
+
+def show(result: BenchResult) -> None:
+    for kind, times in result.times.items():
+        low, high = times.spread
+        figures = f"plain {times.plain_ms:8.1f} ms  attnres {times.rewritten_ms:8.1f} ms  ratio {times.ratio:.3f}"
+        print(f"  {kind:10s} {figures} ({low:.3f} to {high:.3f}, {len(times.ratios)} rounds)", flush=True)
+    for form, figures in (result.alone or {}).items():
+        for kind, alone in figures.kinds.items():
+            share = f" ({alone.passes_s / alone.compile_s:.2%} in our passes)" if alone.passes_s else ""
+            memory = f", peak memory {alone.peak_mb:.0f} MiB" if alone.peak_mb is not None else ""
+            print(f"  {form:10s} {kind:10s} compile {alone.compile_s:.1f} s{share}{memory}")
+    for note in result.notes():
+        print(f"  {note}", flush=True)
+
+
+def _words(size: dict[str, int]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in size.items())
 
 
 def main() -> None:
-    """Measure, print, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grid", action="store_true", help="layers, width and length of the grid instead of one size")
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--width", type=int, default=512, help=f"a multiple of {HEAD}")
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--batch", type=int, help=f"default 2; in the grid, {TOKENS} tokens together")
+    parser.add_argument("--blocks", type=int, default=8, help="at most; a model of fewer layers has as many as these")
+    parser.add_argument("--schedule", default="auto", help="auto, per_read or two_phase")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for the timed rounds of a size")
+    parser.add_argument("--rounds", type=int, default=200, help="at most, of every kind of step")
+    parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--alone", choices=FORMS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.alone:
-        print(json.dumps(measure_alone(options.alone, options)))
-        return
-    results: dict[str, Any] = {
-        "environment": environment(),
-        "settings": {k: v for k, v in vars(options).items() if k not in ("alone", "out")},
-        "alone": {form: run_alone(form) for form in FORMS},
-        "interleaved": interleaved(options),
-    }
-    for name, row in results["interleaved"].items():
-        times = f"plain {row['plain_ms']:8.1f} ms  attnres {row['attnres_ms']:8.1f} ms"
-        print(f"{name:10s} {times}  ratio {row['ratio']:.3f}")
-    for key in results["alone"]["plain"]:
-        plain, attnres = (results["alone"][form][key] for form in FORMS)
-        print(f"{key:22s} plain {plain:8.1f}  attnres {attnres:8.1f}  ratio {attnres / plain:.3f}")
-    write_results(options.out, results)
+    if options.width < HEAD or options.width % HEAD:
+        parser.error(f"--width must be a multiple of {HEAD}, the width of a head, not {options.width}")
+    if options.grid:
+        run_grid(options)
+    else:
+        run_single(options)
 
 
 if __name__ == "__main__":
