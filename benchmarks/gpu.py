@@ -1,0 +1,219 @@
+"""Everything that needs a GPU, in one command and within a budget of time.
+
+    python benchmarks/gpu.py --out DIR [--wheels DIR] [--seconds 540] [--sections op,step,decode]
+
+Sections, in order of importance: ``op`` (one read against fused kernels of peers, cold L2, CUDA graphs), ``step`` (a
+training step of a Llama, plain and rewritten), ``decode`` (one token, static cache), ``kernels`` (how many kernels one
+site is, and their code), ``big`` (one read of large sources), ``peers`` (the training step with a peer's kernel at
+every site), ``fp32`` (one read in float32) and ``tests`` (the GPU tests). Results are in ``DIR/gpu.json`` after every
+row, so a run that is cut off loses nothing. What cannot run is skipped with the reason. On CPU (``--device cpu
+--quick``) the same code runs on small sizes, to see that it does.
+
+``--wheels`` names a folder of pure Python wheels (fla-core, liger-kernel, flash-attn-res, fast-attnres) for machines
+that nothing can be installed on; they are unpacked to a temporary folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+# The package need not be installed.
+sys.path.insert(1, str(ROOT))
+
+import torch  # noqa: E402
+from _environment import environment  # noqa: E402
+from _gpu_op import big_shape, kernels_of_one_site, measure_shapes, small_shapes  # noqa: E402
+from _gpu_timing import Budget, Device, OutOfTime, Record  # noqa: E402
+from _gpu_tune import fill_cache, load_peers, thin_out  # noqa: E402
+from _peers import CUDA_PEERS, reason, version, without_folders  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+SECTIONS = ("op", "step", "decode", "kernels", "big", "peers", "fp32", "tests")
+SOURCES = (3, 5, 9)
+
+
+def unpack_wheels(folder: Path) -> None:
+    """Unpack the wheels of ``folder`` and put them last on the path of this process and its children."""
+    target = tempfile.mkdtemp(prefix="attnres-bench-")
+    for wheel in sorted(folder.glob("*.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(target)
+    sys.path.append(target)
+    importlib.invalidate_caches()
+    os.environ["PYTHONPATH"] += os.pathsep + target
+
+
+def tune_peers(device: Device, record: Record, budget: Budget, options: argparse.Namespace) -> None:
+    """Compile what the peers' autotuners try, before anything is timed."""
+    wanted = set(options.sections)
+    if not device.cuda or not wanted & {"op", "big", "peers", "fp32"}:
+        return
+    load_peers()
+    record["autotuning"] = {"configurations": thin_out(options.peer_configurations)}
+    if options.resume:
+        return
+    others = [n for n in range(8, 1, -1) if n not in SOURCES]
+    small = [(2, 1024, 1024, n) for n in (*SOURCES[::-1], *(others if "peers" in wanted else ()))]
+    # Tuners tell widths and numbers of sources apart, but not more rows than these.
+    big = [(1, 8192, 2048, 9)] if "big" in wanted else []
+    seconds = min(options.tuning_seconds, budget.left() / 4)
+    record["autotuning"] |= fill_cache(seconds, options.peer_configurations, small[:3] + big + small[3:])
+    record.write()
+
+
+def run_tests(record: Record, budget: Budget, options: argparse.Namespace) -> None:
+    """The GPU tests in a process of their own, in the time that is left."""
+    seconds = min(90.0, budget.left() - 5)
+    if options.device == "cpu" and options.quick:
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests", "-q", "--disable-warnings", "--collect-only"]
+    else:
+        budget.need(25)
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests", "-q", "--disable-warnings"]
+    pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipe) as process:
+        try:
+            output, _ = process.communicate(timeout=max(seconds, 1))
+            code: int | str = process.returncode
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            output, _ = process.communicate()
+            code = f"not done in {seconds:.0f} s"
+    tail = [without_folders(line) for line in output.splitlines()[-12:]]
+    record["tests"] = {"exit": code, "tail": tail}
+    print("\n".join(["", *tail]))
+
+
+def sections(
+    device: Device, record: Record, budget: Budget, options: argparse.Namespace
+) -> dict[str, Callable[[], None]]:
+    quick, rounds = options.quick, options.rounds
+    op_arguments = (device, record, budget, options)
+    steps: dict[str, Any] = {}
+
+    def step(*names: str) -> None:
+        from _gpu_model import measure_steps
+
+        measure_steps(list(names), steps, device, record, budget, rounds, options)
+
+    def decode() -> None:
+        from _gpu_model import OURS, measure_decoding
+
+        measure_decoding([OURS], device, record, budget, options)
+
+    def peers() -> None:
+        from _gpu_model import EINSUM, GRAPH_PEERS, PER_READ, TWO_PHASE
+
+        fla, *others = GRAPH_PEERS
+        step(fla, EINSUM, TWO_PHASE, PER_READ, *others)
+
+    def ours() -> None:
+        from _gpu_model import OURS
+
+        step(OURS)
+
+    bf16 = small_shapes(quick, torch.bfloat16, SOURCES)
+    return {
+        "op": lambda: measure_shapes("op", bf16, *op_arguments),
+        "step": ours,
+        "decode": decode,
+        "kernels": lambda: kernels_of_one_site(device, record, options.out, options),
+        "big": lambda: measure_shapes("big", [big_shape(quick)], *op_arguments),
+        "peers": peers,
+        "fp32": lambda: measure_shapes("fp32", small_shapes(quick, torch.float32, (9,)), *op_arguments),
+        "tests": lambda: run_tests(record, budget, options),
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for gpu.json and the kernels' code")
+    parser.add_argument("--wheels", type=Path, help="folder of pure Python wheels of peers")
+    parser.add_argument("--seconds", type=float, default=540)
+    parser.add_argument("--sections", type=lambda text: text.split(","), default=list(SECTIONS))
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
+    parser.add_argument("--repeats", type=int, default=50, help="of one read")
+    parser.add_argument("--rounds", type=int, default=30, help="of a training step")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--peer-configurations", type=int, default=16, help="that a peer's autotuner may try")
+    parser.add_argument("--tuning-seconds", type=float, default=75, help="to compile those at most")
+    parser.add_argument("--resume", action="store_true", help="add to the gpu.json that is there")
+    options = parser.parse_args()
+    unknown = set(options.sections) - set(SECTIONS)
+    if unknown:
+        parser.error(f"there is no section {', '.join(sorted(unknown))}; sections are {', '.join(SECTIONS)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device (--device cpu --quick runs the same code on small sizes)")
+    if options.quick:
+        options.repeats, options.rounds = 5, 3
+        options.layers, options.width, options.batch, options.length, options.blocks = 4, 64, 1, 32, 2
+    return options
+
+
+def main() -> None:
+    options = parse()
+    budget = Budget(options.seconds)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    if options.wheels:
+        unpack_wheels(options.wheels)
+    # Variants of one model share its code, for which Dynamo counts recompilations together.
+    torch._dynamo.config.recompile_limit = 64
+    device = Device(options.device)
+    kept_out = ("out", "wheels", "resume")
+    versions = {name: version(name) for name in ("triton", "transformers", *(d for d, _ in CUDA_PEERS.values()))}
+    start = {
+        "environment": environment(),
+        "settings": {key: value for key, value in vars(options).items() if key not in kept_out},
+        "versions": versions,
+        "sections": {},
+    }
+    path = options.out / "gpu.json"
+    record = Record(path, json.loads(path.read_text()) if options.resume else start)
+    table = {"tuning": lambda: tune_peers(device, record, budget, options)}
+    table |= {name: run for name, run in sections(device, record, budget, options).items() if name in options.sections}
+    for name, run in table.items():
+        before = budget.left()
+        print(f"\n== {name}, {before:.0f} s left", flush=True)
+        status = "done"
+        try:
+            budget.need(1)
+            run()
+        except OutOfTime as error:
+            status = str(error)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            status = f"failed: {reason(error)} ({Path(place.filename).name}:{place.lineno})"
+        record["sections"][name] = {"status": status, "seconds": round(before - budget.left(), 1)}
+        record.write()
+        print(f"== {name}: {status}", flush=True)
+        if device.broken():
+            run_rest([later for later in options.sections if later not in record["sections"]], budget)
+            return
+
+
+def run_rest(names: list[str], budget: Budget) -> None:
+    """Run what remains in a new process, because a kernel has taken this one's device with it."""
+    print("== the device has failed in this process; going on in a new one", flush=True)
+    if names:
+        changed = ["--sections", ",".join(names), "--seconds", f"{budget.left():.0f}", "--resume"]
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], *changed], check=False)
+
+
+if __name__ == "__main__":
+    main()
