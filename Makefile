@@ -78,10 +78,15 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/op.py
 	$(BIN)/python benchmarks/end_to_end.py
+	$(BIN)/python benchmarks/schedule.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/checkpointing.py
 	$(BIN)/python benchmarks/onnx.py
 	$(BIN)/python benchmarks/quantization.py
+	@# The peers are dependencies of this benchmark only.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/plots.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache torch_compile_debug

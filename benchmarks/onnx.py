@@ -1,23 +1,29 @@
 """ONNX Runtime on the CPU: a rewritten model against the plain one, and the ways to write a site.
 
-A Llama of 12 layers and width 512, plain and rewritten with eight blocks (random queries), both exported with a
-key-value cache by the same exporter. One step each in turn, so that what disturbs the machine disturbs all; the ratio
-of a round is taken within it, and the median of the rounds is reported, with the 10th and 90th percentile. Threads do
-not spin between steps: the thread of one session would take the core of the next.
+A Llama of 12 layers and width 512, plain and rewritten with eight blocks (random queries) in either schedule, all
+exported with a key-value cache by the same exporter. One step each in turn, so that what disturbs the machine disturbs
+all; the ratio of a round is taken within it, and the median of the rounds is reported, with the 10th and 90th
+percentile. Threads do not spin between steps: the thread of one session would take the core of the next.
 
-    python benchmarks/onnx.py [--layers 12] [--width 512] [--prompt 256] [--threads 2] [--quick]
+    python benchmarks/onnx.py [--layers 12] [--width 512] [--prompt 256] [--threads 2] [--quick] [--out FILE]
+
+The file has for each of ``prefill``, ``decode``, ``load`` and ``file size`` one row for ``plain``, ``rewritten`` (sites
+by themselves) and ``two_phase`` (the sites of a block share the complete blocks); the first two also for the
+formulations of ``onnx_formulations.py``. ``ratio`` is to ``plain``, ``difference_from_rewritten`` that of the logits,
+and ``load_average`` that of the machine before and after.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # This file has the name of a package that is imported below, so what is installed comes before this folder.
 sys.path.append(sys.path.pop(0))
@@ -27,7 +33,7 @@ import onnxruntime
 import torch
 from _environment import environment, write_results
 from _plain_onnx import export_plain
-from onnx_formulations import FORMULATIONS, rewrite_functions
+from onnx_formulations import FORMULATIONS, TWO_PHASE, rewrite_functions, rewrite_phases
 from onnxscript import ir
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -35,6 +41,7 @@ import attnres_rewrite
 
 RESULTS = Path(__file__).parent / "results" / "onnx.json"
 VOCABULARY, HEAD_WIDTH = 8192, 64
+SCHEDULES: dict[str, Literal["per_read", "two_phase"]] = {"rewritten": "per_read", "two_phase": "two_phase"}
 TARGETS = {"prefill": 1.02, "decode": 1.05, "file size": 1.05, "load": 1.05}
 
 
@@ -53,20 +60,26 @@ def make_model(layers: int, width: int) -> Any:
 
 
 def export_all(folder: Path, layers: int, width: int) -> dict[str, Path]:
-    """The plain model, the rewritten one, and that one with every other way to write a site."""
+    """The plain model, the rewritten one in both schedules, and these with every other way to write a site."""
     inputs = {"input_ids": torch.randint(1, VOCABULARY, (2, 8))}
-    files = {"plain": folder / "plain.onnx", "rewritten": folder / "rewritten.onnx"}
+    files = {name: folder / f"{name}.onnx" for name in ("plain", *SCHEDULES)}
     export_plain(make_model(layers, width), inputs, files["plain"], use_cache=True)
-    model = attnres_rewrite.rewrite(make_model(layers, width), blocks=8, backend="eager")
-    for name, parameter in attnres_rewrite.attnres_parameters(model):
-        if name.endswith("query"):
-            torch.nn.init.normal_(parameter, std=0.5)
-    result = attnres_rewrite.export_onnx(model, files["rewritten"], inputs, use_cache=True, tolerance=1e-3)
-    print(f"rewritten: {result.sites} sites, {result.max_difference:.1e} from PyTorch")
-    for name, body in FORMULATIONS.items():
-        other = ir.load(files["rewritten"])
-        rewrite_functions(other, body)
-        files[name] = folder / f"{name}.onnx"
+    for name, schedule in SCHEDULES.items():
+        config = attnres_rewrite.AttnResConfig(blocks=8, schedule=schedule)
+        model = attnres_rewrite.rewrite(make_model(layers, width), config=config, backend="eager")
+        torch.manual_seed(1)
+        for parameter_name, parameter in attnres_rewrite.attnres_parameters(model):
+            if parameter_name.endswith("query"):
+                torch.nn.init.normal_(parameter, std=0.5)
+        result = attnres_rewrite.export_onnx(model, files[name], inputs, use_cache=True, tolerance=1e-3)
+        print(f"{name}: {result.sites} sites, {result.max_difference:.1e} from PyTorch")
+    for index, name in enumerate([*FORMULATIONS, *TWO_PHASE]):
+        files[name] = folder / f"formulation_{index}.onnx"
+        other = ir.load(files["two_phase" if name in TWO_PHASE else "rewritten"])
+        if name in TWO_PHASE:
+            rewrite_phases(other, *TWO_PHASE[name])
+        else:
+            rewrite_functions(other, FORMULATIONS[name])
         ir.save(other, files[name])
     return files
 
@@ -120,8 +133,10 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="few rounds, and no file of results")
+    parser.add_argument("--quick", action="store_true", help="few rounds, and no file of results but with --out")
+    parser.add_argument("--out", type=Path, help=f"the file of results, by default {RESULTS.name}")
     settings = parser.parse_args()
+    load_average = [os.getloadavg()[0]]
     torch.set_num_threads(settings.threads)
     rounds = (3, 10, 2) if settings.quick else (30, 300, 12)
     with tempfile.TemporaryDirectory() as folder:
@@ -136,17 +151,23 @@ def main() -> None:
             for name, difference in differences.items():
                 results[kind][name]["difference_from_rewritten"] = difference
             del sessions, steps
-        loads = {name: _loader(files[name], settings.threads) for name in ("plain", "rewritten")}
+        loads = {name: _loader(files[name], settings.threads) for name in ("plain", *SCHEDULES)}
         results["load"] = time_rounds(loads, rounds[2])
-        sizes = {name: files[name].stat().st_size for name in ("plain", "rewritten")}
+        sizes = {name: files[name].stat().st_size for name in ("plain", *SCHEDULES)}
         results["file size"] = {name: {"bytes": size, "ratio": size / sizes["plain"]} for name, size in sizes.items()}
-    reached = {kind: results[kind]["rewritten"]["ratio"] <= target for kind, target in TARGETS.items()}
+    reached = {
+        name: {kind: results[kind][name]["ratio"] <= target for kind, target in TARGETS.items()} for name in SCHEDULES
+    }
     for kind, rows in results.items():
         for name, row in rows.items():
-            print(f"{kind:10s} {name:22s} " + "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
+            print(f"{kind:10s} {name:34s} " + "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
     print("targets reached:", reached)
-    if not settings.quick:
-        write_results(RESULTS, {**environment(), "settings": vars(settings), "results": results, "targets": TARGETS})
+    out = settings.out or (None if settings.quick else RESULTS)
+    if out is not None:
+        load_average.append(os.getloadavg()[0])
+        given = {name: value for name, value in vars(settings).items() if name != "out"}
+        found = {"settings": given, "load_average": load_average, "results": results, "targets": TARGETS}
+        write_results(out, {**environment(), **found})
 
 
 def check(sessions: dict[str, Any], inputs: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Export to ONNX: what ONNX Runtime computes, what is in the file, and what happens when something is wrong."""
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -12,7 +13,7 @@ from models import WIDTH, Tower, embeddings, gpt2, llama, randomise_sites, token
 from torch import Tensor, nn
 
 import attnres_rewrite as ar
-from attnres_rewrite.onnx import conversion, export, function, sizes
+from attnres_rewrite.onnx import conversion, export, form, function, sizes
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -33,7 +34,12 @@ def run(path: Path | bytes, **inputs: Tensor) -> Tensor:
 
 
 def site_nodes(model: Any) -> list[Any]:
-    return [node for node in model.graph.node if (node.domain, node.op_type) == ("attnres", "BlockAttnRes")]
+    sites = ("BlockAttnRes", "MergePartial")
+    return [node for node in model.graph.node if node.domain == "attnres" and node.op_type in sites]
+
+
+def kinds(model: Any) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node if node.domain == "attnres")
 
 
 def graph_values(result: ar.OnnxExport) -> list[Any]:
@@ -238,6 +244,168 @@ def test_a_cache_with_a_padded_batch(tmp_path: Path) -> None:
     assert torch.equal(torch.cat(tokens, 1), expected[:, 5:])
 
 
+def two_phase(make: Callable[[], nn.Module], inputs: Any, **options: Any) -> nn.Module:
+    config = ar.AttnResConfig(**{"blocks": 2, "schedule": "two_phase", **options})
+    return randomise_sites(ar.rewrite(make().eval(), config=config, example_inputs=inputs, backend="eager"))
+
+
+def test_two_phases_are_three_kinds_of_nodes_and_the_same_function(tmp_path: Path) -> None:
+    tower = Tower(4)
+    model = two_phase(lambda: copy.deepcopy(tower), embeddings())
+    one_phase = two_phase(lambda: tower, embeddings(), schedule="per_read")
+    one_phase.load_state_dict(model.state_dict())
+    result = ar.export_onnx(model, tmp_path / "model.onnx", embeddings())
+    assert (result.sites, result.max_difference < 1e-5) == (8, True)
+    before = ar.export_onnx(one_phase, tmp_path / "per_read.onnx", embeddings())
+    x = embeddings(3, 9, seed=1)
+    with torch.no_grad():
+        torch.testing.assert_close(run(result.path, x=x), model(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(result.path, x=x), run(before.path, x=x), rtol=1e-5, atol=1e-5)
+
+    file, other = onnx.load(result.path), onnx.load(before.path)
+    assert kinds(file) == {"AttendBlocks": 2, "MergePartial": 7, "BlockAttnRes": 1}
+    assert kinds(other) == {"BlockAttnRes": 8}
+    assert [node.name for node in site_nodes(file)] == [f"attn_res.{i}" for i in range(8)]
+    shared = [node for node in file.graph.node if node.op_type == "AttendBlocks"]
+    assert [(node.name, len(node.output)) for node in shared] == [("attn_res.0_to_2", 6), ("attn_res.3_to_6", 8)]
+    assert sorted((f.name, f.overload) for f in file.functions) == [
+        ("AttendBlocks", "1_blocks_3_reads"),
+        ("AttendBlocks", "2_blocks_4_reads"),
+        ("BlockAttnRes", "3_sources"),
+        ("MergePartial", "no_partial"),
+        ("MergePartial", "partial"),
+    ]
+    assert all("arXiv:2603.15031" in f.doc_string for f in file.functions)
+    properties, others = ({e.key: e.value for e in f.metadata_props} for f in (file, other))
+    assert json.loads(properties["attnres.sources_per_site"]) == {"": [2, 2, 2, 2, 3, 3, 3, 3]}
+    assert properties == others
+
+
+def test_both_phases_read_the_query_of_a_site(tmp_path: Path) -> None:
+    model = two_phase(lambda: Tower(4), embeddings())
+    with torch.no_grad():
+        for name, parameter in ar.attnres_parameters(model):
+            parameter.fill_(0.0 if name.endswith("query") else 1.0)
+    file = onnx.load(ar.export_onnx(model, tmp_path / "model.onnx", embeddings()).path)
+    readers: dict[str, list[str]] = {}
+    for node in file.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node.name)
+    for i, shared in enumerate([*["attn_res.0_to_2"] * 3, *["attn_res.3_to_6"] * 4]):
+        for kind in ("query", "gain"):
+            assert readers[f"attn_res.{i}.{kind}"] == [shared, f"attn_res.{i}"]
+    assert readers["attn_res.7.query"] == ["attn_res.7"]
+    query = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1))
+    weights = {initializer.name: initializer for initializer in file.graph.initializer}
+    weights["attn_res.4.query"].CopyFrom(onnx.numpy_helper.from_array(query.numpy(), "attn_res.4.query"))
+    x = embeddings(3, 9, seed=1)
+    with torch.no_grad():
+        unchanged = model(x)
+        model.attn_res[4].query.copy_(query)
+        expected = model(x)
+    actual = run(file.SerializeToString(), x=x)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(actual, unchanged, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset_version", [20, 23])
+@pytest.mark.parametrize("aggregation", ["mean", "sum"])
+@pytest.mark.parametrize("options", [{}, {"key_gain": False, "scale": 0.5}], ids=["gain", "no gain, scaled"])
+def test_two_phases_in_every_form(
+    tmp_path: Path, aggregation: str, options: dict[str, Any], opset_version: int
+) -> None:
+    model = two_phase(lambda: Tower(4), embeddings(), aggregation=aggregation, **options)
+    result = ar.export_onnx(model, tmp_path / "model.onnx", embeddings(), opset_version=opset_version)
+    x = embeddings(3, 9, seed=1)
+    with torch.no_grad():
+        torch.testing.assert_close(run(result.path, x=x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_phases_without_functions(tmp_path: Path) -> None:
+    model = two_phase(lambda: Tower(4), embeddings(), aggregation="sum")
+    result = ar.export_onnx(model, tmp_path / "model.onnx", embeddings(), functions=False)
+    file = onnx.load(result.path)
+    assert not file.functions
+    assert not kinds(file)
+    x = embeddings(3, 9, seed=1)
+    with torch.no_grad():
+        torch.testing.assert_close(run(result.path, x=x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_two_phases_in_other_precisions(tmp_path: Path, dtype: torch.dtype) -> None:
+    x = embeddings().to(dtype)
+    model = two_phase(lambda: Tower(4).to(dtype), x)
+    result = ar.export_onnx(model, tmp_path / "model.onnx", x)
+    assert 0 < result.max_difference < {torch.float64: 1e-10, torch.float16: 1e-2, torch.bfloat16: 1e-1}[dtype]
+    file = onnx.load(result.path)
+    # Log-sums are in the dtype of the arithmetic, whatever comes in.
+    names = {name for node in file.graph.node if node.op_type == "AttendBlocks" for name in list(node.output)[4:]}
+    types = {value.type.tensor_type.elem_type for value in file.graph.value_info if value.name in names}
+    assert types == {onnx.TensorProto.DOUBLE if dtype == torch.float64 else onnx.TensorProto.FLOAT}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "wrong"), [("ReduceLogSumExp", "ReduceMax"), ("Sigmoid", "Tanh")])
+def test_the_comparison_sees_a_wrong_phase(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, op: str, wrong: str
+) -> None:
+    model = two_phase(lambda: Tower(4), embeddings())
+    right = form.Form.text
+    monkeypatch.setattr(form.Form, "text", lambda form: right(form).replace(op, wrong))
+    with pytest.raises(ar.OnnxExportError, match="differs from PyTorch"):
+        ar.export_onnx(model, tmp_path / "model.onnx", embeddings())
+    right_calls = function.calls_of
+    monkeypatch.undo()
+    monkeypatch.setattr(function, "calls_of", lambda program: _first_query_for_all(right_calls(program)))
+    with pytest.raises(ar.OnnxExportError, match="differs from PyTorch"):
+        ar.export_onnx(model, tmp_path / "model.onnx", embeddings())
+
+
+@pytest.mark.slow
+def test_programs_and_graph_modules_in_two_phases(tmp_path: Path) -> None:
+    config = ar.AttnResConfig(blocks=2, schedule="two_phase")
+    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    program = ar.rewrite(torch.export.export(Tower(4), (embeddings(),), dynamic_shapes=(dynamic,)), config=config)
+    for name, value in program.state_dict.items():
+        if name.endswith(".query"):
+            torch.nn.init.normal_(value)
+    module = ar.rewrite(torch.fx.symbolic_trace(Tower(4).eval()), config=config, example_inputs=embeddings())
+    for model, reference in ((program, program.module()), (randomise_sites(module), module)):
+        result = ar.export_onnx(model, tmp_path / "model.onnx", embeddings())
+        assert kinds(onnx.load(result.path)) == {"AttendBlocks": 2, "MergePartial": 7, "BlockAttnRes": 1}
+        x = embeddings(3, 9, seed=1)
+        with torch.no_grad():
+            torch.testing.assert_close(run(result.path, x=x), reference(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_generation_in_two_phases(tmp_path: Path) -> None:
+    model = two_phase(lambda: llama(5), {"input_ids": token_ids(2, 5)}, blocks=3)
+    result = ar.export_onnx(model, tmp_path / "model.onnx", {"input_ids": token_ids(2, 5)}, use_cache=True)
+    file = onnx.load(result.path)
+    assert kinds(file)["MergePartial"] == 9
+    assert [node.name for node in site_nodes(file)] == [f"model.attn_res.{i}" for i in range(10)]
+    ids = token_ids(2, 5)
+    runtime, past = session(result.path), {n: torch.zeros(2, 2, 0, WIDTH // 4) for n in result.inputs if "past" in n}
+    tokens, positions = [], torch.arange(5).expand(2, 5)
+    fed = ids
+    for _ in range(4):
+        feed = {"input_ids": fed, "position_ids": positions, **past}
+        logits, *present = runtime.run(None, {name: feed[name].numpy() for name in result.inputs})
+        fed, positions = torch.from_numpy(logits)[:, -1:].argmax(-1), positions[:, -1:] + 1
+        tokens.append(fed)
+        past = {name: torch.from_numpy(value) for name, value in zip(past, present, strict=True)}
+    with torch.no_grad():
+        model.generation_config.eos_token_id = None
+        mask = torch.ones_like(ids)
+        expected = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    assert torch.equal(torch.cat(tokens, 1), expected[:, 5:])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "opset_version", "expected"),
@@ -330,21 +498,21 @@ def test_a_failed_comparison_leaves_what_was_there(tmp_path: Path, tower: nn.Mod
 def test_the_comparison_sees_a_wrong_function(
     tmp_path: Path, tower: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = function._Form._text
-    monkeypatch.setattr(function._Form, "_text", lambda form: right(form).replace("Softmax", "Sigmoid"))
+    right = form.Form.text
+    monkeypatch.setattr(form.Form, "text", lambda form: right(form).replace("Softmax", "Sigmoid"))
     with pytest.raises(ar.OnnxExportError, match=r"differs from PyTorch|could not be checked"):
         ar.export_onnx(tower, tmp_path / "model.onnx", embeddings())
-    right_sites = function.sites_of
+    right_calls = function.calls_of
     monkeypatch.undo()
-    monkeypatch.setattr(function, "sites_of", lambda program: _first_query_for_all(right_sites(program)))
+    monkeypatch.setattr(function, "calls_of", lambda program: _first_query_for_all(right_calls(program)))
     with pytest.raises(ar.OnnxExportError, match="differs from PyTorch"):
         ar.export_onnx(tower, tmp_path / "model.onnx", embeddings())
 
 
-def _first_query_for_all(sites: list[function.SiteCall]) -> list[function.SiteCall]:
+def _first_query_for_all(calls: list[function.FunctionCall]) -> list[function.FunctionCall]:
     import dataclasses
 
-    return [dataclasses.replace(site, query=sites[0].query) for site in sites]
+    return [dataclasses.replace(call, queries=calls[0].queries[:1] * len(call.queries)) for call in calls]
 
 
 def test_paths_that_cannot_be_written(tmp_path: Path, tower: nn.Module) -> None:
@@ -436,8 +604,8 @@ def test_outputs_that_are_inputs_and_outputs_of_integers(tmp_path: Path, monkeyp
     model = randomise_sites(ar.rewrite(Chooser(3).eval(), blocks=2, example_inputs=embeddings(), backend="eager"))
     result = ar.export_onnx(model, tmp_path / "model.onnx", embeddings())
     assert result.outputs == ("output_x", "chosen")
-    right = function._Form._text
-    monkeypatch.setattr(function._Form, "_text", lambda form: right(form).replace("Softmax <axis = -1>", "Neg"))
+    right = form.Form.text
+    monkeypatch.setattr(form.Form, "text", lambda form: right(form).replace("Softmax <axis = -1>", "Neg"))
     with pytest.raises(ar.OnnxExportError, match="differs from PyTorch"):
         ar.export_onnx(model, tmp_path / "model.onnx", embeddings())
 

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from attnres_rewrite import _compat
 from attnres_rewrite.capture import Call
 from attnres_rewrite.errors import AttnResError
-from attnres_rewrite.onnx import function
+from attnres_rewrite.onnx import form, function
 from attnres_rewrite.onnx.sizes import given_shapes, renamed, size_names
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def finish(conversion: Conversion, functions: bool, version: str) -> None:
     model.producer_name, model.producer_version = "attnres_rewrite", version
     if not functions:
         common.InlinePass()(model)
-        model.opset_imports.pop(function.DOMAIN, None)
+        model.opset_imports.pop(form.DOMAIN, None)
 
 
 def _give_caches_every_batch(model: ir.Model) -> None:

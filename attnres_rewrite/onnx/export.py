@@ -80,12 +80,13 @@ def export_onnx(
 ) -> OnnxExport:
     """Export a rewritten model to ONNX and compare it with PyTorch in ONNX Runtime.
 
-    The model is exported in eval mode. Every site is one node ``attnres::BlockAttnRes``, a function whose body is in
-    the file, for ONNX runtimes that know overloaded functions (IR version 10). The comparison runs on fresh random
-    inputs, of three other batch and sequence sizes than the example's where these are dynamic. The file appears under
-    ``path`` only if it passes, also ``onnx.checker`` (but for ``ort_fusions``, whose operators that does not know);
-    after an error the model and what was at ``path`` are as they were. Weights in bfloat16 are compared in a copy in
-    float32, because ONNX Runtime's CPU provider lacks the operators.
+    The model is exported in eval mode. Every site is one node, ``attnres::BlockAttnRes``; or with the two-phase
+    schedule ``attnres::MergePartial``, for all sites of a block after one node ``attnres::AttendBlocks``. These are
+    functions whose bodies are in the file, for ONNX runtimes that know overloaded functions (IR version 10). The
+    comparison runs on fresh random inputs, of three other batch and sequence sizes than the example's where these are
+    dynamic. The file appears under ``path`` only if it passes, also ``onnx.checker`` (but for ``ort_fusions``, whose
+    operators that does not know); after an error the model and what was at ``path`` are as they were. Weights in
+    bfloat16 are compared in a copy in float32, because ONNX Runtime's CPU provider lacks the operators.
 
     Hugging Face models are exported through ``transformers.exporters``, where transformers has it (tested with 5.17
     and 5.23).
@@ -188,7 +189,7 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
 
 def _require_rewritten(model: object) -> None:
     if isinstance(model, ExportedProgram | GraphModule):
-        if not any(node.target is function.OP for node in model.graph.nodes):
+        if not function.is_rewritten(model):
             kind = type(model).__name__ if isinstance(model, ExportedProgram) else "GraphModule"
             raise AttnResError(f"export_onnx: this {kind} was not rewritten; call rewrite() on it first")
         return

@@ -229,7 +229,7 @@ def _backward(
                 for s, d_out in enumerate(d_mixed):
                     d_row.addcmul_(d_out, weights[i, :, s, None])
                 found.append(d_row.to(block.dtype).view(block.shape))
-        return found + _vector_grads(d_q, queries, gains, wanted[n:])
+        return found + _vector_grads(d_q.unbind(), queries, gains, wanted[n:])
 
 
 def _fake_forward(
