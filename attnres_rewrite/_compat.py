@@ -175,6 +175,11 @@ def compile_disabled() -> bool:
     return bool(torch._dynamo.config.disable) or stance.stance == "force_eager"
 
 
+def graphs_compiled() -> int:
+    """How many graphs Dynamo has captured in this process since its counters were reset."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
 def last_graph_break() -> str:
     """Dynamo's own words on the most recent graph break; empty if there was none."""
     reasons = torch._dynamo.utils.counters["graph_break"]

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-import torch._dynamo.utils
 
+from attnres_rewrite import _compat
 from attnres_rewrite.bench.forms import Bench, MakeModel, make_bench
 from attnres_rewrite.bench.results import BenchResult, StepTimes, environment
 from attnres_rewrite.bench.settings import FEWEST_ROUNDS, FORMS, BenchSettings, Form, Kind
@@ -104,7 +104,7 @@ def interleave(
         seconds: Time after which no round begins, once there were enough of them; ``None``: there is no such time.
     """
     times: dict[Form, list[float]] = {form: [] for form in steps}
-    graphs = _graphs_compiled()
+    graphs = _compat.graphs_compiled()
     gc.collect()
     begin = time.perf_counter()
     for done in range(rounds):
@@ -113,11 +113,7 @@ def interleave(
         # The order alternates, so that neither form always finds the caches as the other left them.
         for form in sorted(steps, reverse=bool(done % 2)):
             times[form].append(timed(steps[form], device))
-    return StepTimes(tuple(times["plain"]), tuple(times["rewritten"]), _graphs_compiled() - graphs)
-
-
-def _graphs_compiled() -> int:
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    return StepTimes(tuple(times["plain"]), tuple(times["rewritten"]), _compat.graphs_compiled() - graphs)
 
 
 def timed(step: Step, device: torch.device) -> float:

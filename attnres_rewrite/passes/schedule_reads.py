@@ -10,13 +10,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.graph import GraphBuilder
+from attnres_rewrite.graph import GraphBuilder, op_name
 from attnres_rewrite.passes.base import Pass, PostconditionError
 from attnres_rewrite.passes.insert_attnres import Site
-
-_ONE = torch.ops.attnres.block_attn_res.default
-_ATTEND = torch.ops.attnres.attend_blocks.default
-_MERGE = torch.ops.attnres.merge_partial.default
 
 
 class ScheduleReads(Pass):
@@ -53,7 +49,9 @@ class ScheduleReads(Pass):
 
     def summary(self, result: list[Site]) -> str:
         """Counts for the log."""
-        return f"{sum(site.node.target is _MERGE for site in result)} of {len(result)} sites share their blocks"
+        return (
+            f"{sum(op_name(site.node) == 'merge_partial' for site in result)} of {len(result)} sites share their blocks"
+        )
 
 
 def is_shared(config: AttnResConfig, *, blocks: int, reads: int) -> bool:
@@ -67,9 +65,9 @@ def sources_of(site: Node) -> list[Node]:
     Raises:
         PostconditionError: The node is no site, or the phases of a site do not belong together.
     """
-    if site.target is _ONE:
+    if op_name(site) == "block_attn_res":
         return list(site.args[0])  # type: ignore[arg-type]
-    if site.target is not _MERGE:
+    if op_name(site) != "merge_partial":
         raise PostconditionError(f"{site.name} is not a block_attn_res node but {site.target}")
     mixed, log_sum, partial, query, gain, *settings = site.args
     assert isinstance(mixed, Node)
@@ -81,7 +79,7 @@ def sources_of(site: Node) -> list[Node]:
     reads = len(queries)  # type: ignore[arg-type]
     of_read = (queries[read], gains[read] if gains else None)  # type: ignore[index]
     if (
-        attend.target is not _ATTEND
+        op_name(attend) != "attend_blocks"
         or log_sum.args != (attend, read + reads)
         or of_read != (query, gain)
         or shared != settings[:2]
@@ -109,7 +107,7 @@ def _share(module: GraphModule, sites: Sequence[Site]) -> list[Site]:
     eps, scale = first.args[3:5]
     with module.graph.inserting_before(first):
         given = (list(_blocks(sites[0])), queries, [] if gains[0] is None else gains, eps, scale)
-        attend = build.call(_ATTEND, *given, like=first)
+        attend = build.call(torch.ops.attnres.attend_blocks.default, *given, like=first)
         parts = [build.call(operator.getitem, attend, i, like=first) for i in range(2 * len(sites))]
     return [_merged(build, site, *parts[i :: len(sites)]) for i, site in enumerate(sites)]
 
@@ -117,9 +115,9 @@ def _share(module: GraphModule, sites: Sequence[Site]) -> list[Site]:
 def _merged(build: GraphBuilder, site: Site, mixed: Node, log_sum: Node) -> Site:
     _, query, gain, eps, scale, is_sum = site.node.args
     partial = site.sources[-1] if site.has_partial else None
-    total = float(len(site.sources)) if is_sum else 1.0
+    given = (mixed, log_sum, partial, query, gain, eps, scale, float(len(site.sources)) if is_sum else 1.0)
     with build.graph.inserting_before(site.node):
-        node = build.call(_MERGE, mixed, log_sum, partial, query, gain, eps, scale, total, like=site.node)
+        node = build.call(torch.ops.attnres.merge_partial.default, *given, like=site.node)
     site.node.replace_all_uses_with(node)
     build.graph.erase_node(site.node)
     return dataclasses.replace(site, node=node, read=node if site.read is site.node else site.read)
