@@ -14,12 +14,14 @@ from attnres_rewrite import _compat
 from attnres_rewrite.anchor import Anchor, anchors_of
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import AttnResError, GraphBreakError, NotRewrittenError, UnsupportedResidualError
-from attnres_rewrite.graph import source_line
+from attnres_rewrite.graph import require_tensor, source_line
 from attnres_rewrite.passes import Site, SiteParameters
 from attnres_rewrite.pipeline import find_streams, insert
 from attnres_rewrite.saved_activations import recompute_results
 from attnres_rewrite.streams import ResidualStream, StreamPlan
 
+# Rows, tokens of all sequences, up to which the schedule "auto" goes read by read.
+_FEW_ROWS = 64
 _plain_residuals_wanted = contextvars.ContextVar("attnres_plain_residuals_wanted", default=False)
 
 
@@ -67,10 +69,11 @@ class AttnResBackend:
             return _raiser(error)
         return self._compile(module, inputs, **options)
 
-    def _scheduled(self, config: AttnResConfig) -> AttnResConfig:
+    def _scheduled(self, config: AttnResConfig, plans: list[StreamPlan]) -> AttnResConfig:
         config = self.configure(config)
-        if config.schedule == "auto" and self.inner == "inductor":
-            # Measured (docs/performance.md): fewer bytes in the forward, and fewer kernels to compile.
+        # Measured (benchmarks/schedule.py): with many rows two phases are faster, and always fewer kernels to compile.
+        # With one, the decoding of a token, every loop nest more costs more than the sources that it saves.
+        if config.schedule == "auto" and self.inner == "inductor" and not any(map(_has_few_rows, plans)):
             return dataclasses.replace(config, schedule="two_phase")
         return config
 
@@ -111,7 +114,7 @@ def plain_residuals_wanted() -> Iterator[None]:
 def rewrite_captured(
     module: GraphModule,
     plain_streams: tuple[str, ...] = (),
-    configure: Callable[[AttnResConfig], AttnResConfig] = lambda config: config,
+    configure: Callable[[AttnResConfig, list[StreamPlan]], AttnResConfig] = lambda config, _: config,
 ) -> list[Site]:
     """Rewrite, in place, the streams of the anchors in a graph that Dynamo captured.
 
@@ -139,11 +142,17 @@ def rewrite_captured(
         def take(plan: StreamPlan, parameters: Iterator[SiteParameters] = parameters) -> list[SiteParameters]:
             return [next(parameters) for _ in plan.stream.branches]
 
-        for inserted in insert(module, plans, take, configure(anchor.config)):
+        for inserted in insert(module, plans, take, configure(anchor.config, plans)):
             sites.extend(inserted)
         module.graph.erase_node(anchor.node)
     module.recompile()
     return sites
+
+
+def _has_few_rows(plan: StreamPlan) -> bool:
+    """Whether the stream is known to have at most ``_FEW_ROWS`` rows; a dynamic size is not known."""
+    rows = require_tensor(plan.stream.root).numel() // plan.stream.width
+    return isinstance(rows, int) and rows <= _FEW_ROWS
 
 
 def _refuse_repeated(anchors: list[Anchor]) -> None:

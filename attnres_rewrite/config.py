@@ -27,7 +27,7 @@ class AttnResConfig:
         key_gain: Whether each site learns a gain ``[D]`` on its normalised keys.
         schedule: How the sites are evaluated: ``"per_read"`` (one fused pass per read), ``"two_phase"`` (the reads of a
             block share one pass over the complete blocks, the paper's section 4; equal up to rounding), or ``"auto"``:
-            in two phases where Inductor compiles the model, read by read elsewhere.
+            in two phases where Inductor compiles a graph for more than a few tokens, read by read elsewhere.
         streams: Names of the owner modules whose streams are rewritten; ``None`` means all.
 
     Raises:

@@ -85,7 +85,8 @@ def measure(blocks: int, reads: int, rows: int, options: argparse.Namespace) -> 
     queries = [(torch.randn(width) / width**0.5).requires_grad_() for _ in range(reads)]
     inputs = [make(blocks, rows, width), queries, make(reads, width), make(1, width)[0]]
     leaves = [*inputs[0], *inputs[1], *inputs[2], inputs[3]]
-    torch.testing.assert_close(two_phase(*inputs), per_read(*inputs))
+    # A chain of reads in float32, summed in another order.
+    torch.testing.assert_close(two_phase(*inputs), per_read(*inputs), rtol=1e-4, atol=1e-4)
     contestants = {}
     for name, form in (("per_read", per_read), ("two_phase", two_phase)):
         contestants |= {(name, step): call for step, call in calls(form, inputs, leaves).items()}

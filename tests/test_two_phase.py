@@ -239,7 +239,7 @@ def test_the_log_counts_what_is_shared(caplog: pytest.LogCaptureFixture) -> None
 # Models
 
 
-@pytest.mark.parametrize("aggregation", ["mean", "sum"])
+@pytest.mark.parametrize("aggregation", ["mean", pytest.param("sum", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("make", [llama, gpt_neox], ids=lambda make: make.__name__)
 def test_both_schedules_are_one_model(make: Callable[[], nn.Module], aggregation: str) -> None:
     found = {}
@@ -251,3 +251,17 @@ def test_both_schedules_are_one_model(make: Callable[[], nn.Module], aggregation
         loss.backward()
         found[schedule] = [loss.detach(), *(p.grad for p in model.parameters())]
     torch.testing.assert_close(found["two_phase"], found["per_read"], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("inner", "length", "phases"), [("inductor", 99, 2), ("inductor", 9, 1), ("aot_eager", 99, 1)])
+def test_auto_takes_two_phases_where_inductor_compiles_many_rows(inner: str, length: int, phases: int) -> None:
+    found = []
+
+    class Looking(ar.AttnResBackend):
+        def _compile(self, module: torch.fx.GraphModule, inputs: list[object], **_: object) -> Callable[..., object]:
+            found.append(counted(module))
+            return ar.AttnResBackend("aot_eager")._compile(module, inputs)
+
+    model = ar.rewrite(llama(4), blocks=2)
+    torch.compile(model, backend=Looking(inner))(token_ids(1, length))
+    assert found[-1]["merge_partial"] == (7 if phases == 2 else 0)
