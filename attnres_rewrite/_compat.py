@@ -132,7 +132,7 @@ def _inductor_pass(function: Callable[[torch.fx.Graph], None], before: Any) -> A
         def uuid(self) -> Any:
             # None keeps the graph out of the caches on disk, which is what a pass without a name gets anywhere.
             names = [getattr(other, "uuid", lambda: None)() for other in others]
-            mine = get_hash_for_files((inspect.getfile(function),))
+            mine = get_hash_for_files((inspect.getfile(function), __file__))
             return None if None in names else (*names, mine)
 
     return JointPass()

@@ -71,7 +71,8 @@ class AttnResBackend:
 
     def _scheduled(self, config: AttnResConfig, plans: list[StreamPlan]) -> AttnResConfig:
         config = self.configure(config)
-        # Measured (benchmarks/schedule.py): with many rows two phases are faster, and always fewer kernels to compile.
+        # Measured (benchmarks/schedule.py): with many rows two phases are faster, and fewer of the kernels differ,
+        # so that there are fewer to compile.
         # With one, the decoding of a token, every loop nest more costs more than the sources that it saves.
         if config.schedule == "auto" and self.inner == "inductor" and not any(map(_has_few_rows, plans)):
             return dataclasses.replace(config, schedule="two_phase")
@@ -150,9 +151,9 @@ def rewrite_captured(
 
 
 def _has_few_rows(plan: StreamPlan) -> bool:
-    """Whether the stream is known to have at most ``_FEW_ROWS`` rows; a dynamic size is not known."""
-    rows = require_tensor(plan.stream.root).numel() // plan.stream.width
-    return isinstance(rows, int) and rows <= _FEW_ROWS
+    """Whether the stream has at most ``_FEW_ROWS`` rows, where a size is dynamic in the call that was traced."""
+    elements = require_tensor(plan.stream.root).numel()
+    return (elements if isinstance(elements, int) else _compat.size_hint(elements)) <= _FEW_ROWS * plan.stream.width
 
 
 def _refuse_repeated(anchors: list[Anchor]) -> None:

@@ -110,6 +110,24 @@ def test_opcheck() -> None:
     for partial, total in ((partials[0], 1.0), (None, 3.0)):
         arguments = (shared[1], shared[3], partial, queries[1], gains[1], EPS, SCALE, total)
         torch.library.opcheck(attnres.merge_partial.default, arguments)
+    for given in (gains, []):
+        wanted = [True] * (len(blocks) + len(queries) + len(given))
+        tensors = [[tensor.detach() for tensor in part] for part in (shared, blocks, queries, given)]
+        arguments = (*tensors, EPS, SCALE, wanted)
+        torch.library.opcheck(attnres.attend_blocks_backward.default, arguments)
+
+
+def test_no_result_is_an_input() -> None:
+    (block,), queries, _, _ = ([t.detach() for t in part] for part in inputs(1, 1, gain=False))
+
+    def changed_in_place(block: Tensor) -> Tensor:
+        mixed, log_sum = attnres.attend_blocks([block], queries, [], EPS, SCALE)
+        attnres.merge_partial(mixed, log_sum, None, queries[0], None, EPS, SCALE, 1.0).add_(1)
+        mixed.add_(1)
+        return block.sum()
+
+    assert changed_in_place(block.clone()) == block.sum()
+    torch.testing.assert_close(torch.vmap(changed_in_place)(block.clone()[None])[0], block.sum())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -91,8 +91,9 @@ def _expand_forward(
     rows = _rows(blocks, q)
     logits = [row_by_row(logit) for logit in scores(rows, q, eps, scale)[1]]
     if len(blocks) == 1:
-        # The first block of a model reads the root alone: nothing to mix, so nothing to write.
-        return [blocks[0]] * len(queries) + list(stored(logits[0]).unbind(-2))
+        # The first block of a model reads the root alone: nothing to mix. (A copy, because no result may be an input.)
+        mixed = [blocks[0].clone(memory_format=torch.contiguous_format) for _ in queries]
+        return [*mixed, *stored(logits[0]).unbind(-2)]
     peak, exps, denominator = exponentials(logits)
     factor = row_by_row(1.0 / denominator)
     weights = [stored(exp * factor) for exp in exps]
@@ -229,7 +230,7 @@ def _backward(
                 for s, d_out in enumerate(d_mixed):
                     d_row.addcmul_(d_out, weights[i, :, s, None])
                 found.append(d_row.to(block.dtype).view(block.shape))
-        return found + _vector_grads(d_q.unbind(), queries, gains, wanted[n:])
+        return found + _vector_grads([row.clone() for row in d_q], queries, gains, wanted[n:])
 
 
 def _fake_forward(

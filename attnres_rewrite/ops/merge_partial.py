@@ -75,7 +75,9 @@ def _expand_forward(
         share = stored(torch.sigmoid(row_by_row(logit) - log_sum))
         out = out + share * (p - out)
     out = out if total == 1.0 else out * total
-    return out.to(promoted_dtype([mixed] if partial is None else [mixed, partial])).contiguous()
+    out = out.to(promoted_dtype([mixed] if partial is None else [mixed, partial])).contiguous()
+    # No result may be an input.
+    return out.clone() if out is mixed else out
 
 
 def _expand_backward(
@@ -123,12 +125,6 @@ def _expand_backward(
     return found
 
 
-def _forward(*inputs: Any) -> Tensor:
-    # A copy where the result would be the input itself, which an operator may not return.
-    out = _expand_forward(*inputs)
-    return out.clone() if out is inputs[0] else out
-
-
 def _fake_forward(
     mixed: Tensor, log_sum: Tensor, partial: Tensor | None, query: Tensor, gain: Tensor | None, *_: float
 ) -> Tensor:
@@ -165,7 +161,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _register() -> None:
-    torch.library.impl(_FORWARD, "CompositeExplicitAutograd", _forward)
+    torch.library.impl(_FORWARD, "CompositeExplicitAutograd", _expand_forward)
     torch.library.impl(_BACKWARD, "CompositeExplicitAutograd", _expand_backward)
     torch.library.register_fake(_FORWARD, _fake_forward)
     torch.library.register_fake(_BACKWARD, _fake_backward)

@@ -31,7 +31,7 @@ class Site:
     """What was inserted for one read.
 
     Attributes:
-        node: The ``block_attn_res`` node.
+        node: The ``block_attn_res`` node, or the ``merge_partial`` node after the pass ``schedule_reads``.
         read: What is read in place of the stream value: ``node``, or a cast or view of it.
         sources: The nodes it attends over.
         parts: For every source, which terms it sums: 0 is the root b_0, k the k-th branch output f_k. A block is a

@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.graph import GraphBuilder, op_name
+from attnres_rewrite.graph import GraphBuilder, op_name, require_tensor
 from attnres_rewrite.passes.base import Pass, PostconditionError
 from attnres_rewrite.passes.insert_attnres import Site
 
@@ -24,16 +24,16 @@ class ScheduleReads(Pass):
         [blocks, partial]  ► block_attn_res ► read   to                              ├─ partial ──► merge_partial ► read
         [blocks, partial'] ► block_attn_res ► read                                   └─ partial' ─► merge_partial ► read
 
-    A site stays as it is where the configuration says ``"per_read"``, where nothing can be shared (one block, or one
-    read of the block), and where its neighbours belong to another checkpointed region, whose recomputation would then
-    need what this one computed.
+    A site stays as it is unless the configuration says ``"two_phase"``; where a block has one read, so that nothing can
+    be shared; where its neighbours belong to another checkpointed region, whose recomputation would then need what this
+    one computed; and where the sources differ in dtype, because the first phase would round to that of the blocks.
     """
 
     def call(self, module: GraphModule, sites: Sequence[Site], config: AttnResConfig) -> list[Site]:
         """Rewrite the sites of one stream in place; returns them in the same order."""
         scheduled = {site.node: site for site in sites}
         for group in _groups(sites):
-            if is_shared(config, blocks=len(_blocks(group[0])), reads=len(group)):
+            if config.schedule == "two_phase" and len(group) > 1 and _have_one_dtype(group):
                 scheduled.update(zip([site.node for site in group], _share(module, group), strict=True))
         module.graph.lint()
         module.recompile()
@@ -54,9 +54,8 @@ class ScheduleReads(Pass):
         )
 
 
-def is_shared(config: AttnResConfig, *, blocks: int, reads: int) -> bool:
-    """Whether ``reads`` sites over the same ``blocks`` complete blocks are evaluated in two phases."""
-    return config.schedule == "two_phase" and reads > 1
+def _have_one_dtype(sites: Sequence[Site]) -> bool:
+    return len({require_tensor(source).dtype for site in sites for source in site.sources}) == 1
 
 
 def sources_of(site: Node) -> list[Node]:
