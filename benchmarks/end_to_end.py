@@ -5,10 +5,10 @@ of the ratios of the rounds is what counts; `attnres_rewrite.bench` measures, fo
 time (cold cache) and peak memory are measured too, in a process of their own for each form.
 
     python benchmarks/end_to_end.py [--layers 12] [--width 512] [--length 256] [--batch 2] [--blocks 8]
-    python benchmarks/end_to_end.py --grid [--seconds 20]
+    python benchmarks/end_to_end.py --grid [--kinds inference] [--layers 6 12] [--seconds 20]
 
-The grid is 27 sizes, each in a process of its own. Every size is written when it is done, and one that the file has
-from the same commit is skipped: what was interrupted goes on where it was.
+The grid is 27 sizes, each in a process of its own. Every size is written when it is done, and a kind of step that the
+file has of it from the same commit is skipped: what was interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import multiprocessing
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -36,7 +36,9 @@ from attnres_rewrite.cli import load_model
 
 RESULTS = Path(__file__).parent / "results" / "end_to_end.json"
 VOCABULARY, HEAD = 8192, 64
-LAYERS, WIDTHS, LENGTHS = (6, 12, 24), (256, 512, 1024), (128, 512, 1024)
+SINGLE = {"layers": [12], "width": [512], "length": [256]}
+GRID = {"layers": [6, 12, 24], "width": [256, 512, 1024], "length": [128, 512, 1024]}
+KINDS = ("training", "inference", "decode")
 # Sequences of a batch of the grid have this many tokens together.
 TOKENS = 1024
 # What compiling and timing all kinds of step took on two cores, for a first estimate: seconds, and seconds a layer.
@@ -57,7 +59,7 @@ def save_config(folder: Path, layers: int, width: int) -> None:
     config.save_pretrained(folder)
 
 
-def settings_of(size: dict[str, int], options: argparse.Namespace) -> BenchSettings:
+def settings_of(size: dict[str, int], options: argparse.Namespace, kinds: Collection[str]) -> BenchSettings:
     return BenchSettings(
         blocks=min(options.blocks, size["layers"]),
         schedule=options.schedule,
@@ -69,7 +71,7 @@ def settings_of(size: dict[str, int], options: argparse.Namespace) -> BenchSetti
         device=options.device,
         dtype=options.dtype,
         threads=options.threads,
-        decode=True,
+        **{kind: kind in kinds for kind in KINDS},
     )
 
 
@@ -94,8 +96,10 @@ def measure_apart(size: dict[str, int], settings: BenchSettings, *, alone: bool)
 def entry(size: dict[str, int], result: BenchResult, commit: str | None) -> dict[str, Any]:
     """What the file has of one size."""
     found = result.to_dict()
+    for times in found["times"].values():
+        times["commit"] = commit
     kept = ("parameters", "cached", "times", "skipped", *(["alone"] if result.alone else []))
-    return {**key_of(size, result.settings), "commit": commit, **{name: found[name] for name in kept}}
+    return {**key_of(size, result.settings), **{name: found[name] for name in kept}}
 
 
 def key_of(size: dict[str, int], settings: BenchSettings) -> dict[str, Any]:
@@ -129,15 +133,23 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
 
 
 def record(path: Path, new: dict[str, Any], key: dict[str, Any], commit: str | None) -> None:
-    """Put the entry of a size into the file, in the place of the one that it has of it."""
-    entries = [e for e in read_entries(path) if not key.items() <= e.items()] + [new]
+    """Put the entry of a size into the file; of the one that it has of it, the kinds of step not measured now stay."""
+    entries = read_entries(path)
+    old = find(entries, key)
+    if old is not None:
+        entries.remove(old)
+        new = {**old, **new, "times": {**old["times"], **new["times"]}, "skipped": {**old["skipped"], **new["skipped"]}}
+    entries.append(new)
     entries.sort(key=lambda e: (e["layers"], e["width"], e["length"], e["batch"]))
     write_results(path, {"environment": {**environment(), "commit": commit}, "sizes": entries})
 
 
-def sizes_of_grid(batch: int | None) -> Iterator[dict[str, int]]:
-    for layers, width, length in itertools.product(LAYERS, WIDTHS, LENGTHS):
-        yield {"layers": layers, "width": width, "length": length, "batch": batch or max(1, TOKENS // length)}
+def sizes_of(options: argparse.Namespace) -> Iterator[dict[str, int]]:
+    """The sizes to measure; in the grid a batch has ``TOKENS`` tokens unless the options say otherwise."""
+    axes = {name: getattr(options, name) or default for name, default in (GRID if options.grid else SINGLE).items()}
+    for values in itertools.product(*axes.values()):
+        size = dict(zip(axes, values, strict=True))
+        yield {**size, "batch": options.batch or (max(1, TOKENS // size["length"]) if options.grid else 2)}
 
 
 class Remaining:
@@ -164,21 +176,21 @@ class Remaining:
         return f"{len(self.left)} sizes left, about {minutes:.0f} min"
 
 
-def run_grid(options: argparse.Namespace) -> None:
-    """Measure all sizes that the file has not got from this commit."""
-    sizes, commit = list(sizes_of_grid(options.batch)), commit_of_code()
+def run(options: argparse.Namespace) -> None:
+    """Measure what the file has not got from this commit; a single size in any case, and its memory with it."""
+    sizes, commit = list(sizes_of(options)), commit_of_code()
     remaining = Remaining(sizes)
     for size in sizes:
-        settings = settings_of(size, options)
-        key = key_of(size, settings)
-        known = find(read_entries(options.out), key)
-        if known is not None and known["commit"] == commit:
+        key = key_of(size, settings_of(size, options, KINDS))
+        known = (find(read_entries(options.out), key) or {}).get("times", {}) if options.grid else {}
+        kinds = [kind for kind in options.kinds if known.get(kind, {}).get("commit", "") != commit]
+        if not kinds:
             remaining.done(size, None)
             continue
         print(f"{_words(size)} ({remaining})", flush=True)
         start = time.perf_counter()
         try:
-            result = measure_apart(size, settings, alone=False)
+            result = measure_apart(size, settings_of(size, options, kinds), alone=not options.grid)
         except BrokenProcessPool:
             # Out of memory, as a rule; the sizes after it may be smaller.
             print("  the process was killed, so there are no figures of this size", flush=True)
@@ -186,16 +198,6 @@ def run_grid(options: argparse.Namespace) -> None:
             record(options.out, entry(size, result, commit), key, commit)
             show(result)
         remaining.done(size, time.perf_counter() - start)
-
-
-def run_single(options: argparse.Namespace) -> None:
-    size = {name: getattr(options, name) for name in ("layers", "width", "length")}
-    size["batch"] = options.batch or 2
-    settings, commit = settings_of(size, options), commit_of_code()
-    print(_words(size), flush=True)
-    result = measure_apart(size, settings, alone=True)
-    record(options.out, entry(size, result, commit), key_of(size, settings), commit)
-    show(result)
 
 
 def show(result: BenchResult) -> None:
@@ -218,10 +220,11 @@ def _words(size: dict[str, int]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", action="store_true", help="layers, width and length of the grid instead of one size")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=512, help=f"a multiple of {HEAD}")
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--grid", action="store_true", help="every layers, width and length of the grid, no memory")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of step; default all")
+    parser.add_argument("--layers", type=int, nargs="+")
+    parser.add_argument("--width", type=int, nargs="+", help=f"multiples of {HEAD}")
+    parser.add_argument("--length", type=int, nargs="+")
     parser.add_argument("--batch", type=int, help=f"default 2; in the grid, {TOKENS} tokens together")
     parser.add_argument("--blocks", type=int, default=8, help="at most; a model of fewer layers has as many as these")
     parser.add_argument("--schedule", default="auto", help="auto, per_read or two_phase")
@@ -233,12 +236,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    if options.width < HEAD or options.width % HEAD:
-        parser.error(f"--width must be a multiple of {HEAD}, the width of a head, not {options.width}")
-    if options.grid:
-        run_grid(options)
-    else:
-        run_single(options)
+    if any(width < HEAD or width % HEAD for width in options.width or []):
+        parser.error(f"--width takes multiples of {HEAD}, the width of a head")
+    run(options)
 
 
 if __name__ == "__main__":

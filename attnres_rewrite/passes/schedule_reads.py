@@ -24,17 +24,18 @@ class ScheduleReads(Pass):
         [blocks, partial]  ► block_attn_res ► read   to                              ├─ partial ──► merge_partial ► read
         [blocks, partial'] ► block_attn_res ► read                                   └─ partial' ─► merge_partial ► read
 
-    A site stays as it is unless the configuration says ``"two_phase"``; where a block has one read, so that nothing can
-    be shared; where its neighbours belong to another checkpointed region, whose recomputation would then need what this
-    one computed; and where the sources differ in dtype, because the first phase would round to that of the blocks.
+    A site stays as it is unless the configuration says ``"two_phase"``; where a block has one read, or there is one
+    block to attend over, so that nothing can be shared; where its neighbours belong to another checkpointed region,
+    whose recomputation would then need what this one computed; and where the sources differ in dtype, because the first
+    phase would round to that of the blocks.
     """
 
     def call(self, module: GraphModule, sites: Sequence[Site], config: AttnResConfig) -> list[Site]:
         """Rewrite the sites of one stream in place; returns them in the same order."""
         scheduled = {site.node: site for site in sites}
-        for group in _groups(sites):
-            if config.schedule == "two_phase" and len(group) > 1 and _have_one_dtype(group):
-                scheduled.update(zip([site.node for site in group], _share(module, group), strict=True))
+        for group in _groups(sites) if config.schedule == "two_phase" else ():
+            if len(group.sites) > 1 and len(group.blocks) > 1 and _have_one_dtype(group.sites):
+                scheduled.update(zip([site.node for site in group.sites], _share(module, group), strict=True))
         module.graph.lint()
         module.recompile()
         return [scheduled[site.node] for site in sites]
@@ -87,33 +88,51 @@ def sources_of(site: Node) -> list[Node]:
     return [*blocks, *([] if partial is None else [partial])]  # type: ignore[list-item,misc]
 
 
-def _blocks(site: Site) -> tuple[Node, ...]:
-    return site.sources[:-1] if site.has_partial else site.sources
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Sites that attend over the same blocks, and over at most one more source each, so that they may share them."""
+
+    blocks: tuple[Node, ...]
+    sites: list[Site]
+
+    @property
+    def region(self) -> object:
+        """The checkpointed region of the sites, or None."""
+        return self.sites[0].node.meta.get("ac_graph_id")
 
 
-def _groups(sites: Sequence[Site]) -> list[list[Site]]:
+def _groups(sites: Sequence[Site]) -> list[_Group]:
     """The sites by their complete blocks and checkpointed region, in graph order."""
-    groups: dict[object, list[Site]] = {}
+    groups: dict[object, _Group] = {}
     for site in sites:
-        groups.setdefault((_blocks(site), site.node.meta.get("ac_graph_id")), []).append(site)
-    return list(groups.values())
+        blocks = site.sources[:-1] if site.has_partial else site.sources
+        key = (blocks, site.node.meta.get("ac_graph_id"))
+        groups.setdefault(key, _Group(blocks, [])).sites.append(site)
+    found = list(groups.values())
+    # The read after the last block is the only one of all blocks. With that block in the place of a partial, it shares
+    # the blocks before with the other reads of the last block.
+    if [len(group.sites) > 1 for group in found[-2:]] == [True, False]:
+        block, end = found[-2:]
+        if end.blocks[:-1] == block.blocks and end.region == block.region:
+            found[-2:] = [_Group(block.blocks, [*block.sites, *end.sites])]
+    return found
 
 
-def _share(module: GraphModule, sites: Sequence[Site]) -> list[Site]:
+def _share(module: GraphModule, group: _Group) -> list[Site]:
     """Replace the sites of one group."""
-    build, first = GraphBuilder(module), sites[0].node
+    build, sites, first = GraphBuilder(module), group.sites, group.sites[0].node
     queries, gains = [site.node.args[1] for site in sites], [site.node.args[2] for site in sites]
     eps, scale = first.args[3:5]
     with module.graph.inserting_before(first):
-        given = (list(_blocks(sites[0])), queries, [] if gains[0] is None else gains, eps, scale)
+        given = (list(group.blocks), queries, [] if gains[0] is None else gains, eps, scale)
         attend = build.call(torch.ops.attnres.attend_blocks.default, *given, like=first)
         parts = [build.call(operator.getitem, attend, i, like=first) for i in range(2 * len(sites))]
-    return [_merged(build, site, *parts[i :: len(sites)]) for i, site in enumerate(sites)]
+    partials = [site.sources[len(group.blocks) :] for site in sites]
+    return [_merged(build, site, *parts[i :: len(sites)], *partials[i]) for i, site in enumerate(sites)]
 
 
-def _merged(build: GraphBuilder, site: Site, mixed: Node, log_sum: Node) -> Site:
+def _merged(build: GraphBuilder, site: Site, mixed: Node, log_sum: Node, partial: Node | None = None) -> Site:
     _, query, gain, eps, scale, is_sum = site.node.args
-    partial = site.sources[-1] if site.has_partial else None
     given = (mixed, log_sum, partial, query, gain, eps, scale, float(len(site.sources)) if is_sum else 1.0)
     with build.graph.inserting_before(site.node):
         node = build.call(torch.ops.attnres.merge_partial.default, *given, like=site.node)
