@@ -5,10 +5,8 @@ Two models: Hugging Face's Llama with ``gradient_checkpointing_enable``, and a t
 checkpoints, compiled by Inductor; the plain one also eagerly. What counts is the peak of the checkpointed rewritten
 model over that of the checkpointed plain one, both compiled.
 
-Bytes are counted and not sampled: the profiler reports every allocation of PyTorch's CPU allocator, in compiled code
-too. Counted is what a step allocates, without the gradients of the parameters, which every variant has alike.
-"saved" is what is still alive between forward and backward. Losses and gradients with checkpoints must
-be those without.
+Bytes are counted and not sampled (`_memory.py`). "saved" is what is still alive between forward and backward. Losses
+and gradients with checkpoints must be those without.
 
     python benchmarks/checkpointing.py [--layers 12] [--width 256] [--length 256] [--batch 4] [--blocks 8]
 """
@@ -17,15 +15,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from _environment import environment, write_results
+from _memory import memory_of_step
 from torch import Tensor, nn
-from torch._C._profiler import _EventType, _ProfilerEvent
-from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,7 +29,6 @@ import attnres_rewrite
 
 RESULTS = Path(__file__).parent / "results" / "checkpointing.json"
 VOCABULARY, HEAD_WIDTH = 512, 64
-BOUNDARY = "between forward and backward"
 TOLERANCE = 1e-4  # float32, and sums in another order
 
 
@@ -128,46 +123,6 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def walk(events: list[_ProfilerEvent]) -> Iterator[_ProfilerEvent]:
-    """All events of a tree."""
-    pending = list(events)
-    while pending:
-        event = pending.pop()
-        yield event
-        pending.extend(event.children)
-
-
-def memory_of_step(model: nn.Module, ids: Tensor) -> dict[str, float]:
-    """MB that one training step has alive at its peak and between forward and backward."""
-    model.zero_grad(set_to_none=True)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        loss = loss_of(model, ids)
-        with record_function(BOUNDARY):
-            pass
-        loss.backward()
-    gradients = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
-    events = list(walk(profiler.profiler.kineto_results.experimental_event_tree()))
-    (boundary,) = (event.start_time_ns for event in events if event.name == BOUNDARY)
-    changes = sorted((e for e in events if e.tag == _EventType.Allocation), key=lambda e: e.start_time_ns)
-
-    # The last allocation at the address of a gradient is the gradient; earlier ones there are other tensors.
-    last = {e.extra_fields.ptr: e for e in changes if e.extra_fields.alloc_size > 0}
-    ignored = {id(last[pointer]) for pointer in gradients}
-    live: dict[int, int] = {}
-    alive = peak = saved = 0
-    for event in changes:
-        pointer, size = event.extra_fields.ptr, event.extra_fields.alloc_size
-        if size > 0 and id(event) not in ignored:
-            live[pointer] = size
-            alive += size
-        elif size < 0:
-            alive -= live.pop(pointer, 0)
-        peak = max(peak, alive)
-        if event.start_time_ns < boundary:
-            saved = alive
-    return {"peak_mb": round(peak / 2**20, 3), "saved_mb": round(saved / 2**20, 3)}
-
-
 def numbers_of_step(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients."""
     model.zero_grad(set_to_none=True)
@@ -192,7 +147,7 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
         torch.compiler.reset()
         model = make_model(kind, variant, options)
         numbers[variant] = numbers_of_step(model, ids)  # Compiled before it is measured.
-        memory[variant] = memory_of_step(model, ids)
+        memory[variant] = memory_of_step(model, lambda model=model: loss_of(model, ids))
         print(f"  {variant!s:33s} peak {memory[variant]['peak_mb']:8.2f} MB", end="")
         print(f"  saved {memory[variant]['saved_mb']:8.2f} MB", flush=True)
     differences = {}

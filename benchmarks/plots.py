@@ -23,16 +23,21 @@ def read(name: str) -> Any:
 
 
 def draw_sizes() -> None:
-    """Training and inference against the plain model, one bar a size."""
-    sizes = [size for size in read("end_to_end")["sizes"] if {"training", "inference"} <= size["times"].keys()]
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    for offset, kind in ((-0.2, "training"), (0.2, "inference")):
-        ratios = [size["times"][kind]["ratio"] for size in sizes]
-        axes.bar([i + offset for i in range(len(sizes))], [100 * (ratio - 1) for ratio in ratios], 0.4, label=kind)
-    labels = ["{layers} layers\nD {width}\nT {length}".format(**size) for size in sizes]
-    axes.set_xticks(range(len(sizes)), labels, fontsize=7)
-    axes.set_ylabel("added to the time of a step, %")
-    axes.axhline(0, color="0.4", linewidth=0.8)
+    """Training and inference against the plain model: medians, and the 10th and 90th percentile, of every size."""
+    sizes = read("end_to_end")["sizes"]
+    figure, axes = plt.subplots(figsize=(8, 6.5), layout="constrained")
+    for offset, (kind, claim) in zip((0.15, -0.15), (("training", 4), ("inference", 2)), strict=True):
+        timed = [(i - offset, size["times"][kind]) for i, size in enumerate(sizes) if kind in size["times"]]
+        added, low, high = ([100 * (t[key] - 1) for _, t in timed] for key in ("ratio", "ratio_p10", "ratio_p90"))
+        ranges = [[m - a for m, a in zip(added, low, strict=True)], [z - m for m, z in zip(added, high, strict=True)]]
+        points = axes.errorbar(added, [y for y, _ in timed], xerr=ranges, fmt="o", label=kind, elinewidth=0.8)
+        color = points.lines[0].get_color()
+        axes.axvline(claim, color=color, linewidth=0.8, linestyle="--", label=f"the paper's claim for {kind}")
+    labels = ["{layers} layers, D {width}, {batch} x {length}".format(**size) for size in sizes]
+    axes.set_yticks(range(len(sizes)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("added to the time of a step, %")
+    axes.axvline(0, color="0.4", linewidth=0.8)
     axes.legend(frameon=False)
     figure.savefig(IMAGES / "end_to_end.png", dpi=120)
 

@@ -636,3 +636,24 @@ def test_names_of_caches() -> None:
 def test_sizes_without_dynamic_dimensions() -> None:
     program = ar.rewrite(torch.export.export(Tower(2), (embeddings(),)), blocks=2)
     assert sizes.dynamic_sizes(program) == []
+
+
+class HalfBranches(nn.Module):
+    """Branches in half precision on a float32 stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH).half() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(nn.functional.rms_norm(x, (WIDTH,)).half())
+        return x
+
+
+def test_branches_in_half_precision_on_a_float_stream(tmp_path: Path) -> None:
+    model = randomise_sites(ar.rewrite(HalfBranches(), blocks=2, example_inputs=embeddings(), backend="eager"))
+    result = ar.export_onnx(model, tmp_path / "model.onnx", embeddings())
+    x = embeddings(3, 9, seed=1)
+    with torch.no_grad():
+        torch.testing.assert_close(run(result.path, x=x), model(x), rtol=1e-2, atol=1e-2)

@@ -8,6 +8,7 @@ import torch
 from models import Tower, gpt_neox, llama, prepared, randomise_sites, token_ids
 from reference_models import block_attn_res as listing
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import attnres_rewrite as ar
 from attnres_rewrite.passes import PostconditionError, ScheduleReads
@@ -176,6 +177,25 @@ def test_transforms_of_torch_func() -> None:
     torch.testing.assert_close(mapped, torch.stack([expected_loss(blocks, query) for query in queries]))
 
 
+@pytest.mark.parametrize("which", ["block_attn_res", "attend_blocks", "merge_partial"])
+def test_a_tangent_is_not_dropped(which: str) -> None:
+    blocks, queries, gains, partials = ([t.detach() for t in part] for part in inputs(2, 2))
+    call = {
+        "block_attn_res": lambda x: attnres.block_attn_res([x, *blocks], queries[0], gains[0], EPS, SCALE, False),
+        "attend_blocks": lambda x: attnres.attend_blocks([x, *blocks], queries, gains, EPS, SCALE)[0],
+        "merge_partial": lambda x: attnres.merge_partial(
+            blocks[0], blocks[1][..., :1], x, queries[0], gains[0], EPS, SCALE, 1.0
+        ),
+    }[which]
+    x, direction = partials[0], torch.randn_like(partials[0])
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=f"{which}: .* torch.func.jvp sees"):
+        call(forward_ad.make_dual(x, direction))
+    _, tangent = torch.func.jvp(call, (x,), (direction,))
+    step = 1e-6
+    expected = (call(x + step * direction) - call(x - step * direction)) / (2 * step)
+    torch.testing.assert_close(tangent, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -239,6 +259,12 @@ def test_sites_are_told_apart_by_the_check() -> None:
     second.update_arg(0, first.args[0])
     with pytest.raises(PostconditionError, match="computed for another read"):
         sources_of(second)
+    second.update_arg(0, module.graph.call_function(torch.neg, (first,)))
+    with pytest.raises(PostconditionError, match="what no attend_blocks node computed"):
+        sources_of(second)
+    first.update_arg(7, 2.0)
+    with pytest.raises(PostconditionError, match=r"a read of 3 sources by 2\.0"):
+        sources_of(first)
     with pytest.raises(PostconditionError, match="is not a block_attn_res node"):
         sources_of(next(iter(module.graph.nodes)))
 

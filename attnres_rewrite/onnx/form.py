@@ -1,8 +1,8 @@
 """What the functions that sites call in ONNX have in common.
 
 ONNX has no functions of a variable number of inputs, and none that ask for the dtype of what they are given. So every
-form that a model needs is a function of its own, an overload. ``benchmarks/onnx.py`` compares the bodies with other
-ways to write them.
+form that a model needs is a function of its own, an overload. Other ways to write the bodies are in
+``benchmarks/onnx_formulations.py``, and ``benchmarks/onnx.py`` compares them.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def check_sources(op: str, sources: Sequence[Tensor], *vectors: tuple[str, Tensor | None]) -> None:
@@ -41,6 +42,20 @@ def check_sources(op: str, sources: Sequence[Tensor], *vectors: tuple[str, Tenso
             raise ValueError(
                 f"{op}: {name} has shape {tuple(vector.shape)}; expected {shape[-1:]}, "
                 f"the last dimension of sources of shape {shape}"
+            )
+
+
+def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
+    """Raise if a tensor is dual (``torch.autograd.forward_ad``): a custom operator would drop its tangent.
+
+    Raises:
+        NotImplementedError: A tensor has a tangent.
+    """
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{op}: forward-mode differentiation with torch.autograd.forward_ad does not reach a custom operator, "
+                "and the result would have no tangent; torch.func.jvp sees through it"
             )
 
 

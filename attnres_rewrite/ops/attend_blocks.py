@@ -35,6 +35,7 @@ from attnres_rewrite.ops.arithmetic import (
     keep_in_memory,
     promoted_dtype,
     query_grads,
+    refuse_tangents,
     scores,
     softmax,
     weighted_sum,
@@ -167,17 +168,27 @@ def _vector_grads(
 
 
 def _flat_logits(blocks: Sequence[Tensor], q: Tensor, eps: float, scale: float) -> tuple[Tensor, Tensor]:
-    """Inverse RMS ``[n, rows, 1]`` and logits ``[n, rows, S]``."""
-    rows = [flat_rows(block, q.dtype) for block in blocks]
-    squares = torch.stack([torch.linalg.vector_norm(row, dim=-1, keepdim=True).square_() for row in rows])
-    inverse_rms = squares.div_(q.shape[-1]).add_(eps).rsqrt_()
-    return inverse_rms, torch.stack([row @ q.t() for row in rows]).mul_(inverse_rms).mul_(scale)
+    """Inverse RMS ``[n, 1, rows]`` and logits ``[n, S, rows]``.
+
+    By products of a matrix and a vector: one of matrices may be computed in TF32, where the user allows it for the
+    model's own.
+    """
+    n, (reads, width), rows_of = len(blocks), q.shape, blocks[0][..., 0].numel()
+    norms, logits = q.new_empty(n, 1, rows_of), q.new_empty(n, reads, rows_of)
+    for i, block in enumerate(blocks):
+        rows = flat_rows(block, q.dtype)
+        torch.linalg.vector_norm(rows, dim=-1, out=norms[i, 0])
+        for s in range(reads):
+            torch.mv(rows, q[s], out=logits[i, s])
+    inverse_rms = norms.square_().div_(width).add_(eps).rsqrt_()
+    return inverse_rms, logits.mul_(inverse_rms).mul_(scale)
 
 
 def _forward(
     blocks: Sequence[Tensor], queries: Sequence[Tensor], gains: Sequence[Tensor], eps: float, scale: float
 ) -> list[Tensor]:
     _check(blocks, queries, gains)
+    refuse_tangents("attend_blocks", *blocks, *queries, *gains)
     shape = blocks[0].shape
     with torch.autocast(blocks[0].device.type, enabled=False):
         q = _folded_queries(blocks, queries, gains)
@@ -188,11 +199,11 @@ def _forward(
         for s in range(len(queries)):
             out = q.new_empty(shape)
             rows = out.view(-1, q.shape[-1])
-            torch.mul(flat_rows(blocks[0], q.dtype), weights[0, :, s, None], out=rows)
+            torch.mul(flat_rows(blocks[0], q.dtype), weights[0, s, :, None], out=rows)
             for block, weight in zip(blocks[1:], weights[1:], strict=True):
-                rows.addcmul_(flat_rows(block, q.dtype), weight[:, s, None])
+                rows.addcmul_(flat_rows(block, q.dtype), weight[s, :, None])
             mixed.append(out.to(promoted_dtype(blocks)))
-        return [*mixed, *(column.reshape(*shape[:-1], 1).clone() for column in log_sum.unbind(-1))]
+        return [*mixed, *(of_read.reshape(*shape[:-1], 1).clone() for of_read in log_sum)]
 
 
 def _backward(
@@ -210,25 +221,27 @@ def _backward(
         inverse_rms, logits = _flat_logits(blocks, q, eps, scale)
         weights = torch.softmax(logits, 0)
         d_mixed = [flat_rows(grad, q.dtype) for grad in grads[:reads]]
-        d_log_sum = torch.cat([flat_rows(grad, q.dtype) for grad in grads[reads:]], -1)
+        d_log_sum = torch.stack([grad.to(q.dtype).flatten() for grad in grads[reads:]])
         d_weights = torch.empty_like(weights)
         for i, block in enumerate(blocks):
             rows = flat_rows(block, q.dtype)
             for s, d_out in enumerate(d_mixed):
-                torch.sum(d_out * rows, -1, out=d_weights[i, :, s])
+                torch.sum(d_out * rows, -1, out=d_weights[i, s])
         d_logits = weights * (d_weights - (weights * d_weights).sum(0) + d_log_sum)
         on_query = d_logits * inverse_rms * scale
-        on_row = (d_logits * logits).sum(-1, keepdim=True) * inverse_rms.square() / -q.shape[-1]
+        on_row = ((d_logits * logits).sum(1, keepdim=True) * inverse_rms.square() / -q.shape[-1]).transpose(1, 2)
 
         found: list[Tensor] = []
         d_q = torch.zeros_like(q)
         for i, block in enumerate(blocks):
             rows = flat_rows(block, q.dtype)
-            d_q.addmm_(on_query[i].t(), rows)
+            if any(wanted[n:]):
+                for s in range(reads):
+                    d_q[s].addmv_(rows.t(), on_query[i, s])
             if wanted[i]:
-                d_row = (on_query[i] @ q).addcmul_(rows, on_row[i])
+                d_row = rows * on_row[i]
                 for s, d_out in enumerate(d_mixed):
-                    d_row.addcmul_(d_out, weights[i, :, s, None])
+                    d_row.addr_(on_query[i, s], q[s]).addcmul_(d_out, weights[i, s, :, None])
                 found.append(d_row.to(block.dtype).view(block.shape))
         return found + _vector_grads([row.clone() for row in d_q], queries, gains, wanted[n:])
 

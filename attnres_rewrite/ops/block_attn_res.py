@@ -36,6 +36,7 @@ from attnres_rewrite.ops.arithmetic import (
     keep_in_memory,
     promoted_dtype,
     query_grads,
+    refuse_tangents,
     scores,
     softmax,
     weighted_sum,
@@ -167,6 +168,7 @@ def _forward(
     sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, eps: float, scale: float, sum_: bool
 ) -> Tensor:
     _check(sources, query, gain)
+    refuse_tangents("block_attn_res", *sources, query, gain)
     with torch.autocast(query.device.type, enabled=False):
         q = _folded_query(sources, query, gain)
         _, logits = _flat_scores(sources, q, eps, scale)

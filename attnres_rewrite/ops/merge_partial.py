@@ -28,6 +28,7 @@ from attnres_rewrite.ops.arithmetic import (
     hints,
     promoted_dtype,
     query_grads,
+    refuse_tangents,
     scores,
 )
 
@@ -125,6 +126,20 @@ def _expand_backward(
     return found
 
 
+def _forward(
+    mixed: Tensor,
+    log_sum: Tensor,
+    partial: Tensor | None,
+    query: Tensor,
+    gain: Tensor | None,
+    eps: float,
+    scale: float,
+    total: float,
+) -> Tensor:
+    refuse_tangents("merge_partial", mixed, log_sum, partial, query, gain)
+    return _expand_forward(mixed, log_sum, partial, query, gain, eps, scale, total)
+
+
 def _fake_forward(
     mixed: Tensor, log_sum: Tensor, partial: Tensor | None, query: Tensor, gain: Tensor | None, *_: float
 ) -> Tensor:
@@ -161,7 +176,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _register() -> None:
-    torch.library.impl(_FORWARD, "CompositeExplicitAutograd", _expand_forward)
+    torch.library.impl(_FORWARD, "CompositeExplicitAutograd", _forward)
     torch.library.impl(_BACKWARD, "CompositeExplicitAutograd", _expand_backward)
     torch.library.register_fake(_FORWARD, _fake_forward)
     torch.library.register_fake(_BACKWARD, _fake_backward)

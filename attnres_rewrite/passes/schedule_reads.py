@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -69,23 +70,19 @@ def sources_of(site: Node) -> list[Node]:
         return list(site.args[0])  # type: ignore[arg-type]
     if op_name(site) != "merge_partial":
         raise PostconditionError(f"{site.name} is not a block_attn_res node but {site.target}")
-    mixed, log_sum, partial, query, gain, *settings = site.args
-    assert isinstance(mixed, Node)
-    assert isinstance(log_sum, Node)
+    arguments: Any = site.args
+    mixed, log_sum, partial, query, gain, *settings, total = arguments
+    if not {mixed.target, log_sum.target} <= {operator.getitem} or op_name(mixed.args[0]) != "attend_blocks":
+        raise PostconditionError(f"{site.name} merges what no attend_blocks node computed")
     attend, read = mixed.args
-    assert isinstance(attend, Node)
-    assert isinstance(read, int)
     blocks, queries, gains, *shared = attend.args
-    reads = len(queries)  # type: ignore[arg-type]
-    of_read = (queries[read], gains[read] if gains else None)  # type: ignore[index]
-    if (
-        op_name(attend) != "attend_blocks"
-        or log_sum.args != (attend, read + reads)
-        or of_read != (query, gain)
-        or shared != settings[:2]
-    ):
+    of_read = (queries[read], gains[read] if gains else None)
+    if log_sum.args != (attend, read + len(queries)) or of_read != (query, gain) or shared != settings:
         raise PostconditionError(f"{site.name} merges what {attend.name} computed for another read")
-    return [*blocks, *([] if partial is None else [partial])]  # type: ignore[list-item,misc]
+    sources = [*blocks, *([] if partial is None else [partial])]
+    if total not in (1.0, len(sources)):
+        raise PostconditionError(f"{site.name} multiplies a read of {len(sources)} sources by {total}")
+    return sources
 
 
 @dataclasses.dataclass(frozen=True)
