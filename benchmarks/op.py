@@ -14,9 +14,7 @@ of 16 MiB costs page faults that take longer than the operator. ``--default-allo
 from __future__ import annotations
 
 import argparse
-import ctypes
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from _environment import environment, write_results
 from torch import Tensor
 
 import attnres_rewrite.ops  # noqa: F401 (registers the operator)
+from attnres_rewrite.bench.timing import keep_freed_memory, timed
 
 RESULTS = Path(__file__).parent / "results" / "op.json"
 EPS = 1e-6
@@ -60,15 +59,6 @@ def steps(form: Form, sources: list[Tensor], query: Tensor, gain: Tensor) -> dic
     return {"forward": forward, "forward+backward": forward_backward}
 
 
-def timed(call: Callable[[], Any], device: str) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def interleave(
     contestants: dict[tuple[str, str], Callable[[], Any]], copies: dict[str, Callable[[], Any]], options: Any
 ) -> dict[tuple[str, str], dict[str, float]]:
@@ -76,11 +66,12 @@ def interleave(
 
     The contestants take turns; a neighbour on the machine slows a call and the copy beside it alike.
     """
+    device = torch.device(options.device)
     times: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in contestants}
     for turn in range(options.repeats + 2):
         for key, call in contestants.items():
-            copy = timed(copies[key[1]], options.device)
-            pair = timed(call, options.device), copy
+            copy = timed(copies[key[1]], device)
+            pair = timed(call, device), copy
             if turn >= 2:
                 times[key].append(pair)
     return {
@@ -139,16 +130,6 @@ def show(result: dict[str, Any]) -> None:
         print(f"  {step}")
         for name, figure in figures.items():
             print(f"    {name:24s} {figure['ms']:9.2f} ms  {figure['times_bound']:6.2f} x bound")
-
-
-def keep_freed_memory() -> bool:
-    """Ask glibc not to return freed memory to the system; False where there is no glibc."""
-    trim_threshold, mmap_max = -1, -4
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return False
-    return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2**31 - 1))
 
 
 def main() -> None:

@@ -26,8 +26,10 @@ import torch
 from _chain import HyperConnectedChain, ResidualChain, attnres_chain, listed_chain, moved_bytes
 from _environment import environment, write_results
 from _peers import EPS, Form, NotAvailable, block_attn_res, naive_attnres, reason, stack_and_einsum, version
-from op import keep_freed_memory, medians
+from _timing import medians
 from torch import Tensor, nn
+
+from attnres_rewrite.bench.timing import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results" / "peers.json"
 PHASES = ("forward", "forward+backward")

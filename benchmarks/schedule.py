@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from _environment import environment, write_results
-from op import EPS, keep_freed_memory, medians
+from _timing import medians
+from op import EPS
 from torch import Tensor
 
 import attnres_rewrite.ops  # noqa: F401 (registers the operators)
+from attnres_rewrite.bench.timing import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results" / "schedule.json"
 attnres = torch.ops.attnres
