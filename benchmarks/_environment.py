@@ -47,10 +47,15 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """The commit checked out, marked if files differ from it; None outside a repository with a commit."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--match="]
+    """The commit checked out; None outside a repository with a commit.
+
+    Marked as changed if files differ from it, results excepted: these programs write them.
+    """
+    describe = ["git", "describe", "--always", "--abbrev=12", "--match="]
+    compare = ["git", "diff", "--quiet", "HEAD", "--", ":/", ":(exclude,top)benchmarks/results"]
+    here = Path(__file__).parent
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        commit = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return commit if subprocess.run(compare, cwd=here).returncode == 0 else f"{commit}-dirty"

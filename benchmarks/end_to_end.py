@@ -18,7 +18,6 @@ import dataclasses
 import itertools
 import json
 import multiprocessing
-import subprocess
 import tempfile
 import time
 from collections.abc import Collection, Iterator
@@ -112,16 +111,6 @@ def find(entries: list[dict[str, Any]], key: dict[str, Any]) -> dict[str, Any] |
     return next((e for e in entries if key.items() <= e.items()), None)
 
 
-def commit_of_code() -> str | None:
-    """The commit, marked as changed only if something else than results differs from it: this program writes some."""
-    commit: str | None = environment()["commit"]
-    if commit is None or not commit.endswith("-dirty"):
-        return commit
-    command = ["git", "diff", "--quiet", "HEAD", "--", ":/", ":(exclude,top)benchmarks/results"]
-    same = subprocess.run(command, cwd=Path(__file__).parent).returncode == 0
-    return commit.removesuffix("-dirty") if same else commit
-
-
 def read_entries(path: Path) -> list[dict[str, Any]]:
     """The sizes that the file has; none if it is of another form."""
     try:
@@ -178,7 +167,7 @@ class Remaining:
 
 def run(options: argparse.Namespace) -> None:
     """Measure what the file has not got from this commit; a single size in any case, and its memory with it."""
-    sizes, commit = list(sizes_of(options)), commit_of_code()
+    sizes, commit = list(sizes_of(options)), environment()["commit"]
     remaining = Remaining(sizes)
     for size in sizes:
         key = key_of(size, settings_of(size, options, KINDS))
