@@ -78,6 +78,7 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/op.py
 	$(BIN)/python benchmarks/end_to_end.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/schedule.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/checkpointing.py

@@ -49,10 +49,12 @@ def _cpu_model() -> str:
 def _commit() -> str | None:
     """The commit checked out; None outside a repository with a commit.
 
-    Marked as changed if files differ from it, results excepted: these programs write them.
+    Marked as changed if the package or a benchmark differs from it; results do not count, since these programs write
+    them.
     """
     describe = ["git", "describe", "--always", "--abbrev=12", "--match="]
-    compare = ["git", "diff", "--quiet", "HEAD", "--", ":/", ":(exclude,top)benchmarks/results"]
+    compare = ["git", "diff", "--quiet", "HEAD", "--", ":/attnres_rewrite", ":/benchmarks"]
+    compare.append(":(exclude,top)benchmarks/results")
     here = Path(__file__).parent
     try:
         commit = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=True).stdout.strip()

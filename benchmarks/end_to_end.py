@@ -127,10 +127,23 @@ def record(path: Path, new: dict[str, Any], key: dict[str, Any], commit: str | N
     old = find(entries, key)
     if old is not None:
         entries.remove(old)
-        new = {**old, **new, "times": {**old["times"], **new["times"]}, "skipped": {**old["skipped"], **new["skipped"]}}
+        new = merged(old, new)
     entries.append(new)
     entries.sort(key=lambda e: (e["layers"], e["width"], e["length"], e["batch"]))
     write_results(path, {"environment": {**environment(), "commit": commit}, "sizes": entries})
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The entry ``new``, with what ``old`` has of kinds of step that were not measured for it."""
+    done = {*new["times"], *new["skipped"]}
+    for part in ("times", "skipped"):
+        new[part] |= {kind: found for kind, found in old[part].items() if kind not in done}
+    if "decode" not in done:
+        new["cached"] = old["cached"]
+    for form, figures in old.get("alone", {}).items():
+        kinds = new.setdefault("alone", {}).setdefault(form, {**figures, "kinds": {}})["kinds"]
+        kinds |= {kind: found for kind, found in figures["kinds"].items() if kind not in kinds}
+    return new
 
 
 def sizes_of(options: argparse.Namespace) -> Iterator[dict[str, int]]:
@@ -172,7 +185,9 @@ def run(options: argparse.Namespace) -> None:
     for size in sizes:
         key = key_of(size, settings_of(size, options, KINDS))
         known = (find(read_entries(options.out), key) or {}).get("times", {}) if options.grid else {}
-        kinds = [kind for kind in options.kinds if known.get(kind, {}).get("commit", "") != commit]
+        # Two trees that were changed may differ, though the commit below them is one.
+        fixed = commit is not None and not commit.endswith("-dirty")
+        kinds = [kind for kind in options.kinds if not fixed or known.get(kind, {}).get("commit") != commit]
         if not kinds:
             remaining.done(size, None)
             continue

@@ -1,9 +1,9 @@
 """The operator against the copy-bandwidth bound and against the stack-and-einsum form.
 
 The bound is the time that copying would take for the bytes that must move: forward reads n sources and writes one
-result; backward reads n sources and one gradient and writes n gradients. All contestants take turns in one process,
-each right after such a copy, so that what else the machine does hits both alike; figures are medians, and ratios to
-that copy are what counts.
+result; backward reads n sources and one gradient and writes n gradients. The compiled forms take turns in one
+process, and then the eager ones; every call comes right after such a copy, so that what else the machine does hits both
+alike. Figures are medians, and ratios to that copy are what counts.
 
     python benchmarks/op.py [--device cuda] [--repeats 15] [--sources 9 3]
 

@@ -12,7 +12,8 @@ from torch.autograd import forward_ad
 
 import attnres_rewrite as ar
 from attnres_rewrite.passes import PostconditionError, ScheduleReads
-from attnres_rewrite.passes.schedule_reads import sources_of
+from attnres_rewrite.passes.insert_attnres import Site
+from attnres_rewrite.passes.schedule_reads import groups, sources_of
 
 attnres = torch.ops.attnres
 EPS, SCALE, WIDTH = 1e-5, 0.7, 16
@@ -102,6 +103,50 @@ def test_gradients_are_those_of_finite_differences_twice() -> None:
 
     assert torch.autograd.gradcheck(call, flat)
     assert torch.autograd.gradgradcheck(call, [tensor.detach()[..., :4].requires_grad_() for tensor in flat])
+
+
+@pytest.mark.parametrize("shape", [(WIDTH,), (0, WIDTH), (1, WIDTH)])
+def test_any_number_of_rows(shape: tuple[int, ...]) -> None:
+    blocks, queries, gains, partials = inputs(2, 2)
+    blocks, partials = (
+        [torch.randn(shape, dtype=torch.float64).requires_grad_() for _ in part] for part in (blocks, partials)
+    )
+    arguments = blocks, queries, gains, partials
+    for found, expected in zip(two_phase(*arguments), read_by_read(*arguments), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    pairs = zip(gradients(two_phase, arguments, True), gradients(read_by_read, arguments, True), strict=True)
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_blocks_of_any_layout() -> None:
+    def make(*size: int) -> Tensor:
+        return torch.randn(size, dtype=torch.float64)
+
+    _, queries, gains, partials = inputs(4, 2)
+    layouts = [make(3, 2, WIDTH).transpose(0, 1), make(2, WIDTH, 3).mT, make(2, 3, 2 * WIDTH)[..., ::2]]
+    blocks = [layout.requires_grad_() for layout in (*layouts, make(1, 3, WIDTH).expand(2, 3, WIDTH))]
+    arguments = blocks, queries, gains, partials
+    for found, expected in zip(two_phase(*arguments), read_by_read(*arguments), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    pairs = zip(gradients(two_phase, arguments, False), gradients(read_by_read, arguments, False), strict=True)
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    transposed = make(WIDTH, 3).t()
+    grads, vectors = (
+        [make(3, size) for size in (WIDTH, WIDTH, 1, 1)],
+        ([t.detach() for t in v] for v in (queries, gains)),
+    )
+    for found in attnres.attend_blocks_backward(grads, [transposed], *vectors, EPS, SCALE, [True] * 5):
+        assert found.is_contiguous()
+
+
+def test_only_gradients_of_blocks_are_computed_if_no_other_is_wanted() -> None:
+    blocks, queries, gains, partials = inputs(3, 2)
+    expected = torch.autograd.grad(read_by_read(blocks, queries, gains, partials)[1].sum(), blocks)
+    frozen = ([t.detach() for t in part] for part in (queries, gains, partials))
+    found = torch.autograd.grad(two_phase(blocks, *frozen)[1].sum(), blocks)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
 def test_opcheck() -> None:
@@ -233,7 +278,7 @@ def tower_graph(layers: int, **options: object) -> torch.fx.GraphModule:
     return ar.rewrite(module, example_inputs=torch.randn(2, 3, 32), config=ar.AttnResConfig(**options))
 
 
-def test_every_block_is_attended_to_once() -> None:
+def test_reads_that_share_their_blocks_attend_to_them_once() -> None:
     # Six layers of two branch outputs in three blocks: 12 sites. In the first block there is one block to attend over;
     # the last site, after the last block, is with those of that block.
     module = tower_graph(6, blocks=3, schedule="two_phase")
@@ -247,6 +292,23 @@ def test_every_block_is_attended_to_once() -> None:
     }
 
 
+@pytest.mark.parametrize(("apart", "joined"), [({}, True), ({"ac_graph_id": 1}, False)])
+def test_the_last_read_joins_its_block_within_one_region(apart: dict[str, object], joined: bool) -> None:
+    sources = [torch.fx.Graph().placeholder(name) for name in ("b0", "b1", "f2", "b2")]
+    parts = tuple(range(i, i + 1) for i in range(4))
+
+    def site(picked: list[int], has_partial: bool, **meta: object) -> Site:
+        node = torch.fx.Graph().placeholder("site")
+        node.meta.update(meta)
+        of_site = tuple(sources[i] for i in picked)
+        return Site(node, node, of_site, tuple(parts[i] for i in picked), has_partial)
+
+    sites = [site([0, 1], False), site([0, 1, 2], True), site([0, 1, 3], False, **apart)]
+    assert [len(group.sites) for group in groups(sites)] == ([3] if joined else [2, 1])
+    other = [*sites[:2], site([0, 2, 3], False)]
+    assert [len(group.sites) for group in groups(other)] == [2, 1]
+
+
 def test_full_attention_residuals_share_nothing() -> None:
     assert counted(tower_graph(3, blocks="full", schedule="two_phase"))["attend_blocks"] == 0
 
@@ -257,6 +319,9 @@ def test_sites_are_told_apart_by_the_check() -> None:
     assert [len(sources_of(node)) for node in merges] == [2, 3, 3, 3, 3]
     first, second = merges[-2:]
     second.update_arg(0, first.args[0])
+    with pytest.raises(PostconditionError, match="computed for another read"):
+        sources_of(second)
+    second.update_arg(0, second.args[1])
     with pytest.raises(PostconditionError, match="computed for another read"):
         sources_of(second)
     second.update_arg(0, module.graph.call_function(torch.neg, (first,)))

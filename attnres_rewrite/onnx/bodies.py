@@ -82,11 +82,6 @@ class AttendBlocks(Form):
     def _write(self, body: Body) -> None:
         mixed, log_sums = self.outputs[: self.reads], self.outputs[self.reads :]
         body.integers("last", [-1])
-        if self.blocks == 1:
-            body.split(log_sums, self._logits(body, self.widened(body, "v0", self.dtype)))
-            for name in mixed:
-                body.let(name, "Identity (v0)")
-            return
         v = self.stack(body)
         swapped = [*range(self.rank - 1), self.rank, self.rank - 1]
         logits = body.let("logits_of_reads", f"Transpose <perm = {swapped}> ({self._logits(body, v)})")
@@ -210,7 +205,8 @@ _ATTEND_BLOCKS = """first: {reads} reads of {n} complete blocks v0 ... v{last}, 
 k_si = v_i * rsqrt(mean(v_i^2) + eps) * gain_s, logit_si = scale * <query_s, k_si>,
 m_s = sum_i softmax_i(logit_si) * v_i [..., D], l_s = log sum_i exp(logit_si) [..., 1]."""
 _MERGE_PARTIAL = """second: of the blocks as mixed for a read, m [..., D], their log-sum l [..., 1], and the
-partial p [..., D] of the read's own block, k = p * rsqrt(mean(p^2) + eps) * gain, a = sigmoid(scale * <query, k> - l),
-h = (m + a * (p - m)) * total. The total is 1, or the number of sources for aggregation "sum"."""
+partial p [..., D] (of the read's own block; after the last block, that block), k = p * rsqrt(mean(p^2) + eps) * gain,
+a = sigmoid(scale * <query, k> - l), h = (m + a * (p - m)) * total.
+The total is 1, or the number of sources for aggregation "sum"."""
 _MERGE_NOTHING = """second: of the first read of a block, which has no partial. h = m * total of the blocks as
 mixed for it, m [..., D]. The total is 1, or the number of sources for aggregation "sum"."""

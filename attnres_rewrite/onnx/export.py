@@ -81,7 +81,7 @@ def export_onnx(
     """Export a rewritten model to ONNX and compare it with PyTorch in ONNX Runtime.
 
     The model is exported in eval mode. Every site is one node, ``attnres::BlockAttnRes``; or with the two-phase
-    schedule ``attnres::MergePartial``, for all sites of a block after one node ``attnres::AttendBlocks``. These are
+    schedule ``attnres::MergePartial``, after one node ``attnres::AttendBlocks`` for all sites that share it. These are
     functions whose bodies are in the file, for ONNX runtimes that know overloaded functions (IR version 10). The
     comparison runs on fresh random inputs, of three other batch and sequence sizes than the example's where these are
     dynamic. The file appears under ``path`` only if it passes, also ``onnx.checker`` (but for ``ort_fusions``, whose
@@ -109,7 +109,8 @@ def export_onnx(
         ort_fusions: Fuse attention, rotary embeddings and norms into operators that only ONNX Runtime has, for this
             execution provider. For Hugging Face models. Compared on the CPU, and on CUDA where that is at hand.
         tolerance: Largest relative difference that is accepted. Default: 1e-3, 1e-8 in float64, 2e-2 in
-            float16, 1e-1 in bfloat16; a wrong source makes a difference of the order of one.
+            float16, 1e-1 in bfloat16, whichever is the largest for the dtypes of the stream and the parameters; a wrong
+            source makes a difference of the order of one.
 
     Raises:
         OnnxExportError: The path cannot be written, there is no such opset, the model has a dtype that ONNX Runtime
@@ -370,5 +371,5 @@ def _check(conversion: Conversion, path: Path) -> dict[tuple[int, ...], float]:
 
 def _tolerance(program: ExportedProgram) -> float:
     # A branch may compute in fewer digits than the stream has.
-    weights = {value.dtype for value in program.state_dict.values()}
+    weights = {program.state_dict[name].dtype for name in program.graph_signature.parameters}
     return max(_TOLERANCES[dtype] for dtype in function.dtypes_of(program) | (weights & _TOLERANCES.keys()))

@@ -91,10 +91,6 @@ def _expand_forward(
     q = _folded_queries(blocks, queries, gains)
     rows = _rows(blocks, q)
     logits = [row_by_row(logit) for logit in scores(rows, q, eps, scale)[1]]
-    if len(blocks) == 1:
-        # The first block of a model reads the root alone: nothing to mix. (A copy, because no result may be an input.)
-        mixed = [blocks[0].clone(memory_format=torch.contiguous_format) for _ in queries]
-        return [*mixed, *stored(logits[0]).unbind(-2)]
     peak, exps, denominator = exponentials(logits)
     factor = row_by_row(1.0 / denominator)
     weights = [stored(exp * factor) for exp in exps]
@@ -125,14 +121,11 @@ def _expand_backward(
     d_log_sum = torch.stack([grad.to(q.dtype) for grad in grads[reads:]], -2)
     inverse_rms, logits = scores(rows, q, eps, scale)
     logits = [row_by_row(logit) for logit in logits]
-    if n == 1:
-        weights, d_logits = [torch.ones_like(d_log_sum)], [d_log_sum]
-    else:
-        weights = softmax(logits, 1.0, row_by_row)
-        d_weights = [torch.stack([(d * v).sum(-1, keepdim=True) for d in d_mixed], -2) for v in wide]
-        # A logit changes m by its block, against the mean over the blocks, and l by its weight.
-        mean = row_by_row(weighted_sum(d_weights, weights) - d_log_sum)
-        d_logits = [weight * (d_weight - mean) for weight, d_weight in zip(weights, d_weights, strict=True)]
+    weights = softmax(logits, 1.0, row_by_row)
+    d_weights = [torch.stack([(d * v).sum(-1, keepdim=True) for d in d_mixed], -2) for v in wide]
+    # A logit changes m by its block, against the mean over the blocks, and l by its weight.
+    mean = row_by_row(weighted_sum(d_weights, weights) - d_log_sum)
+    d_logits = [weight * (d_weight - mean) for weight, d_weight in zip(weights, d_weights, strict=True)]
     on_query = [stored(d * inv * scale) for d, inv in zip(d_logits, inverse_rms, strict=True)]
 
     found: list[Tensor] = []
@@ -149,7 +142,7 @@ def _expand_backward(
         for s in range(reads):
             d_rows = weighted_sum(wide, [scalar.select(-2, s) for scalar in on_query]).reshape(-1, q.shape[-1])
             # This reduction runs over rows, in a loop of its own: let it read one tensor, not every block again.
-            d_q.append((keep_in_memory(d_rows) if for_inductor and n > 1 else d_rows).sum(0))
+            d_q.append((keep_in_memory(d_rows) if for_inductor else d_rows).sum(0))
         found += _vector_grads(d_q, queries, gains, wanted[n:])
     return found
 
@@ -173,8 +166,8 @@ def _flat_logits(blocks: Sequence[Tensor], q: Tensor, eps: float, scale: float) 
     By products of a matrix and a vector: one of matrices may be computed in TF32, where the user allows it for the
     model's own.
     """
-    n, (reads, width), rows_of = len(blocks), q.shape, blocks[0][..., 0].numel()
-    norms, logits = q.new_empty(n, 1, rows_of), q.new_empty(n, reads, rows_of)
+    n, (reads, width), count = len(blocks), q.shape, blocks[0][..., 0].numel()
+    norms, logits = q.new_empty(n, 1, count), q.new_empty(n, reads, count)
     for i, block in enumerate(blocks):
         rows = flat_rows(block, q.dtype)
         torch.linalg.vector_norm(rows, dim=-1, out=norms[i, 0])
@@ -215,6 +208,7 @@ def _backward(
     scale: float,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
+    refuse_tangents("attend_blocks_backward", *grads, *blocks, *queries, *gains)
     n, reads = len(blocks), len(queries)
     with torch.autocast(blocks[0].device.type, enabled=False):
         q = _folded_queries(blocks, queries, gains)
@@ -239,7 +233,7 @@ def _backward(
                 for s in range(reads):
                     d_q[s].addmv_(rows.t(), on_query[i, s])
             if wanted[i]:
-                d_row = rows * on_row[i]
+                d_row = torch.mul(rows, on_row[i], out=q.new_empty(rows.shape))
                 for s, d_out in enumerate(d_mixed):
                     d_row.addr_(on_query[i, s], q[s]).addcmul_(d_out, weights[i, s, :, None])
                 found.append(d_row.to(block.dtype).view(block.shape))

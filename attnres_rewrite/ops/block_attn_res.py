@@ -192,6 +192,7 @@ def _backward(
     sum_: bool,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
+    refuse_tangents("block_attn_res_backward", grad, *sources, query, gain)
     n, total = len(sources), float(len(sources)) if sum_ else 1.0
     with torch.autocast(query.device.type, enabled=False):
         q = _folded_query(sources, query, gain)

@@ -1,7 +1,8 @@
 """``torch.ops.attnres.merge_partial``: phase two of the two-phase schedule (arXiv:2603.15031, section 4).
 
 From what ``attend_blocks`` found for a read, mixed ``m`` ``[..., D]`` and log-sum ``l`` ``[..., 1]``, and the partial
-``p`` ``[..., D]`` of the read's own block, by one step of online softmax::
+``p`` ``[..., D]`` of the read's own block (or that block, complete, for the read after the last one), by one step of
+online softmax::
 
     a = sigmoid(scale * <w, p * rsqrt(mean(p^2, -1) + eps) * g> - l)
     h = m + a * (p - m)                                  (times ``total``)
@@ -140,6 +141,12 @@ def _forward(
     return _expand_forward(mixed, log_sum, partial, query, gain, eps, scale, total)
 
 
+def _backward(grad: Tensor, mixed: Tensor, log_sum: Tensor, *rest: Any) -> list[Tensor]:
+    partial, query, gain, *_ = rest
+    refuse_tangents("merge_partial_backward", grad, mixed, log_sum, partial, query, gain)
+    return _expand_backward(grad, mixed, log_sum, *rest)
+
+
 def _fake_forward(
     mixed: Tensor, log_sum: Tensor, partial: Tensor | None, query: Tensor, gain: Tensor | None, *_: float
 ) -> Tensor:
@@ -177,7 +184,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _register() -> None:
     torch.library.impl(_FORWARD, "CompositeExplicitAutograd", _forward)
-    torch.library.impl(_BACKWARD, "CompositeExplicitAutograd", _expand_backward)
+    torch.library.impl(_BACKWARD, "CompositeExplicitAutograd", _backward)
     torch.library.register_fake(_FORWARD, _fake_forward)
     torch.library.register_fake(_BACKWARD, _fake_backward)
     torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_setup_context)

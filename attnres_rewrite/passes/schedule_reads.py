@@ -25,6 +25,8 @@ class ScheduleReads(Pass):
         [blocks, partial]  ► block_attn_res ► read   to                              ├─ partial ──► merge_partial ► read
         [blocks, partial'] ► block_attn_res ► read                                   └─ partial' ─► merge_partial ► read
 
+    The site after the last block joins those of the last block, with that block for its partial.
+
     A site stays as it is unless the configuration says ``"two_phase"``; where a block has one read, or there is one
     block to attend over, so that nothing can be shared; where its neighbours belong to another checkpointed region,
     whose recomputation would then need what this one computed; and where the sources differ in dtype, because the first
@@ -34,7 +36,7 @@ class ScheduleReads(Pass):
     def call(self, module: GraphModule, sites: Sequence[Site], config: AttnResConfig) -> list[Site]:
         """Rewrite the sites of one stream in place; returns them in the same order."""
         scheduled = {site.node: site for site in sites}
-        for group in _groups(sites) if config.schedule == "two_phase" else ():
+        for group in groups(sites) if config.schedule == "two_phase" else ():
             if len(group.sites) > 1 and len(group.blocks) > 1 and _have_one_dtype(group.sites):
                 scheduled.update(zip([site.node for site in group.sites], _share(module, group), strict=True))
         module.graph.lint()
@@ -76,7 +78,7 @@ def sources_of(site: Node) -> list[Node]:
         raise PostconditionError(f"{site.name} merges what no attend_blocks node computed")
     attend, read = mixed.args
     blocks, queries, gains, *shared = attend.args
-    of_read = (queries[read], gains[read] if gains else None)
+    of_read = (queries[read], gains[read] if gains else None) if read < len(queries) else ()
     if log_sum.args != (attend, read + len(queries)) or of_read != (query, gain) or shared != settings:
         raise PostconditionError(f"{site.name} merges what {attend.name} computed for another read")
     sources = [*blocks, *([] if partial is None else [partial])]
@@ -86,7 +88,7 @@ def sources_of(site: Node) -> list[Node]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Group:
+class Group:
     """Sites that attend over the same blocks, and over at most one more source each, so that they may share them."""
 
     blocks: tuple[Node, ...]
@@ -98,24 +100,24 @@ class _Group:
         return self.sites[0].node.meta.get("ac_graph_id")
 
 
-def _groups(sites: Sequence[Site]) -> list[_Group]:
+def groups(sites: Sequence[Site]) -> list[Group]:
     """The sites by their complete blocks and checkpointed region, in graph order."""
-    groups: dict[object, _Group] = {}
+    groups: dict[object, Group] = {}
     for site in sites:
         blocks = site.sources[:-1] if site.has_partial else site.sources
         key = (blocks, site.node.meta.get("ac_graph_id"))
-        groups.setdefault(key, _Group(blocks, [])).sites.append(site)
+        groups.setdefault(key, Group(blocks, [])).sites.append(site)
     found = list(groups.values())
     # The read after the last block is the only one of all blocks. With that block in the place of a partial, it shares
     # the blocks before with the other reads of the last block.
     if [len(group.sites) > 1 for group in found[-2:]] == [True, False]:
         block, end = found[-2:]
         if end.blocks[:-1] == block.blocks and end.region == block.region:
-            found[-2:] = [_Group(block.blocks, [*block.sites, *end.sites])]
+            found[-2:] = [Group(block.blocks, [*block.sites, *end.sites])]
     return found
 
 
-def _share(module: GraphModule, group: _Group) -> list[Site]:
+def _share(module: GraphModule, group: Group) -> list[Site]:
     """Replace the sites of one group."""
     build, sites, first = GraphBuilder(module), group.sites, group.sites[0].node
     queries, gains = [site.node.args[1] for site in sites], [site.node.args[2] for site in sites]
