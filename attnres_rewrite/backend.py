@@ -21,7 +21,7 @@ from attnres_rewrite.saved_activations import recompute_results
 from attnres_rewrite.streams import ResidualStream, StreamPlan
 
 # Rows, tokens of all sequences, up to which the schedule "auto" goes read by read.
-_FEW_ROWS = 64
+_FEW_ROWS = 8
 _plain_residuals_wanted = contextvars.ContextVar("attnres_plain_residuals_wanted", default=False)
 
 
@@ -69,12 +69,12 @@ class AttnResBackend:
             return _raiser(error)
         return self._compile(module, inputs, **options)
 
-    def _scheduled(self, config: AttnResConfig, plans: list[StreamPlan]) -> AttnResConfig:
+    def _scheduled(self, config: AttnResConfig, plan: StreamPlan) -> AttnResConfig:
         config = self.configure(config)
         # Measured (benchmarks/schedule.py): with many rows two phases are faster, and fewer of the kernels differ,
-        # so that there are fewer to compile.
-        # With one, the decoding of a token, every loop nest more costs more than the sources that it saves.
-        if config.schedule == "auto" and self.inner == "inductor" and not any(map(_has_few_rows, plans)):
+        # so that there are fewer to compile. With one, the decoding of a token, every loop nest more costs more than
+        # the sources that it saves.
+        if config.schedule == "auto" and self.inner == "inductor" and not _has_few_rows(plan):
             return dataclasses.replace(config, schedule="two_phase")
         return config
 
@@ -115,7 +115,7 @@ def plain_residuals_wanted() -> Iterator[None]:
 def rewrite_captured(
     module: GraphModule,
     plain_streams: tuple[str, ...] = (),
-    configure: Callable[[AttnResConfig, list[StreamPlan]], AttnResConfig] = lambda config, _: config,
+    configure: Callable[[AttnResConfig, StreamPlan], AttnResConfig] = lambda config, _: config,
 ) -> list[Site]:
     """Rewrite, in place, the streams of the anchors in a graph that Dynamo captured.
 
@@ -143,7 +143,8 @@ def rewrite_captured(
         def take(plan: StreamPlan, parameters: Iterator[SiteParameters] = parameters) -> list[SiteParameters]:
             return [next(parameters) for _ in plan.stream.branches]
 
-        for inserted in insert(module, plans, take, configure(anchor.config, plans)):
+        for plan in plans:
+            [inserted] = insert(module, [plan], take, configure(anchor.config, plan))
             sites.extend(inserted)
         module.graph.erase_node(anchor.node)
     module.recompile()

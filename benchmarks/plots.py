@@ -38,21 +38,26 @@ def draw_sizes() -> None:
     axes.invert_yaxis()
     axes.set_xlabel("added to the time of a step, %")
     axes.axvline(0, color="0.4", linewidth=0.8)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left")
     figure.savefig(IMAGES / "end_to_end.png", dpi=120)
 
 
 def draw_schedules() -> None:
-    """Two phases against read by read, one group of bars a shape."""
-    results = read("schedule")["results"]
-    figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
-    for offset, step in ((-0.2, "forward"), (0.2, "forward+backward")):
-        axes.bar([i + offset for i in range(len(results))], [r[step]["ratio"] for r in results], 0.4, label=step)
-    labels = ["{blocks} blocks\n{reads} reads\n{rows} rows".format(**result) for result in results]
-    axes.set_xticks(range(len(results)), labels, fontsize=7)
-    axes.set_ylabel("time of two phases / read by read")
-    axes.axhline(1, color="0.4", linewidth=0.8)
-    axes.legend(frameon=False)
+    """Two phases against read by read, over the number of rows; a line for every shape."""
+    lines: dict[tuple[int, int], list[Any]] = {}
+    for result in sorted(read("schedule")["results"], key=lambda r: (r["blocks"], r["reads"], r["rows"])):
+        lines.setdefault((result["blocks"], result["reads"]), []).append(result)
+    figure, panels = plt.subplots(1, 2, figsize=(8, 3.5), sharey=True, layout="constrained")
+    for axes, step in zip(panels, ("forward", "forward+backward"), strict=True):
+        for (blocks, reads), results in lines.items():
+            ratios = [result[step]["ratio"] for result in results]
+            axes.plot([r["rows"] for r in results], ratios, "o-", label=f"{blocks} blocks, {reads} reads", linewidth=1)
+        axes.set_xscale("log")
+        axes.set_xlabel("rows")
+        axes.set_title(step, fontsize=9)
+        axes.axhline(1, color="0.4", linewidth=0.8)
+    panels[0].set_ylabel("time of two phases / read by read")
+    panels[1].legend(frameon=False, fontsize=8)
     figure.savefig(IMAGES / "schedule.png", dpi=120)
 
 

@@ -161,6 +161,7 @@ def test_export_a_configuration_with_weights_of_the_plain_model(run, folder, tmp
     )
 
 
+@pytest.mark.slow
 def test_export_a_rewritten_model_with_a_cache_as_json(run, tmp_path):
     model, inputs = make_rewritten_llama()
     for name, parameter in attnres_parameters(model):
@@ -195,6 +196,7 @@ def test_export_a_rewritten_model_with_a_cache_as_json(run, tmp_path):
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
 
 
+@pytest.mark.slow
 def test_an_export_that_fails_leaves_no_file(run, folder, tmp_path):
     out = tmp_path / "model.onnx"
     result = run("export", str(folder), "-o", str(out), "--blocks", "2", "--tolerance", "0", "--inline", "--json")

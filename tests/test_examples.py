@@ -25,6 +25,7 @@ def difference(text: str, pattern: str) -> float:
     return float(match[1])
 
 
+@pytest.mark.slow
 def test_train():
     text = run("train.py", "--steps", "12", "--backend", "eager")
     assert "12 branch outputs, 12 sites" in text
@@ -34,6 +35,7 @@ def test_train():
     assert losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.slow
 def test_compile_backend():
     text = run("compile_backend.py", "--inner", "eager")
     assert re.search(r"inner backend: \d+ nodes, 4 of them AttnRes sites", text), text
