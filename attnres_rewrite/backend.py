@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -15,7 +16,7 @@ from attnres_rewrite.anchor import Anchor, anchors_of
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import AttnResError, GraphBreakError, NotRewrittenError, UnsupportedResidualError
 from attnres_rewrite.graph import require_tensor, source_line
-from attnres_rewrite.passes import Site, SiteParameters
+from attnres_rewrite.passes import Site
 from attnres_rewrite.pipeline import find_streams, insert
 from attnres_rewrite.saved_activations import recompute_results
 from attnres_rewrite.streams import ResidualStream, StreamPlan
@@ -139,13 +140,9 @@ def rewrite_captured(
         others = [other.path for other in anchors if other is not anchor]
         plans = _plans(anchor, [s for s in streams if anchor.owns(s.owner, others)])
         parameters = iter(anchor.parameters)
-
-        def take(plan: StreamPlan, parameters: Iterator[SiteParameters] = parameters) -> list[SiteParameters]:
-            return [next(parameters) for _ in plan.stream.branches]
-
         for plan in plans:
-            [inserted] = insert(module, [plan], take, configure(anchor.config, plan))
-            sites.extend(inserted)
+            own = list(itertools.islice(parameters, len(plan.stream.branches)))
+            sites += insert(module, plan, own, configure(anchor.config, plan))
         module.graph.erase_node(anchor.node)
     module.recompile()
     return sites

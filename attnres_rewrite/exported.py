@@ -47,7 +47,7 @@ def rewrite_exported(
     if recorded is not None:
         plans = _recorded([plan.stream for plan in plans], recorded)
     binder = _Binder(program, module, config)
-    sites = insert(module, plans, binder.parameters, config)
+    sites = [insert(module, plan, binder.parameters(plan), config) for plan in plans]
     return ExportedProgram(
         root=module,
         graph=module.graph,

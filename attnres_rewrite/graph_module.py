@@ -25,8 +25,9 @@ def rewrite_graph_module(
         UnsupportedResidualError, NoResidualStreamError, BlockPartitionError: As in ``rewrite``.
     """
     module = with_metadata(module, example_inputs)
-    analysis = analyse([module], config)
-    insert(module, analysis.plans, _SiteMaker(module, config).parameters, config)
+    plans, maker = analyse([module], config).plans, _SiteMaker(module, config)
+    for plan in plans:
+        insert(module, plan, maker.parameters(plan), config)
     return module
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch.fx import GraphModule
 
@@ -122,16 +122,10 @@ def selected(streams: Sequence[ResidualStream], config: AttnResConfig) -> list[R
 
 
 def insert(
-    module: GraphModule,
-    plans: Sequence[StreamPlan],
-    parameters: Callable[[StreamPlan], Sequence[SiteParameters]],
-    config: AttnResConfig,
-) -> list[list[Site]]:
-    """Rewrite the planned streams of ``module`` in place and check the result; sites per stream."""
-    sites = []
-    for plan in plans:
-        inserted: list[Site] = InsertAttnRes()(module, plan, parameters(plan), config)
-        scheduled: list[Site] = ScheduleReads()(module, inserted, config)
-        CheckRewrite()(module, plan, scheduled)
-        sites.append(scheduled)
-    return sites
+    module: GraphModule, plan: StreamPlan, parameters: Sequence[SiteParameters], config: AttnResConfig
+) -> list[Site]:
+    """Rewrite a planned stream of ``module`` in place and check the result."""
+    inserted: list[Site] = InsertAttnRes()(module, plan, parameters, config)
+    scheduled: list[Site] = ScheduleReads()(module, inserted, config)
+    CheckRewrite()(module, plan, scheduled)
+    return scheduled

@@ -224,12 +224,11 @@ def run_pipeline(module: GraphModule, config: AttnResConfig) -> dict[str, float]
     gc.collect()
     with timed_passes() as seconds:
         start = time.perf_counter()
-        plans = analyse([module], config).plans
+        [plan] = analyse([module], config).plans
         analysed = time.perf_counter()
-        assert len(plans) == 1, [plan.stream.owner for plan in plans]
-        made = parameters_of(module, plans[0])
+        made = parameters_of(module, plan)
         begun = time.perf_counter()
-        insert(module, plans, lambda _: made, config)
+        insert(module, plan, made, config)
         total = time.perf_counter() - begun + analysed - start
     return {**seconds, "total": total}
 

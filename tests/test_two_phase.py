@@ -70,27 +70,28 @@ def gradients(reads: Reads, arguments: tuple[list[Tensor], ...], sum: bool) -> t
     return torch.autograd.grad(loss, list(itertools.chain(*arguments)))
 
 
+def assert_the_equation(reads: Reads, arguments: tuple[list[Tensor], ...], sum: bool = False) -> None:
+    """Results and gradients are those of the paper's equation, read by read."""
+    for found, expected in zip(reads(*arguments, sum), read_by_read(*arguments, sum), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    pairs = zip(gradients(reads, arguments, sum), gradients(read_by_read, arguments, sum), strict=True)
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("sum", [False, True])
 @pytest.mark.parametrize("gain", [False, True])
 @pytest.mark.parametrize(("blocks", "reads"), [(1, 2), (2, 1), (4, 3)])
 def test_the_two_phases_are_the_equation(blocks: int, reads: int, gain: bool, sum: bool) -> None:
     arguments = inputs(blocks, reads, gain)
-    for found, expected in zip(two_phase(*arguments, sum), read_by_read(*arguments, sum), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    pairs = zip(gradients(two_phase, arguments, sum), gradients(read_by_read, arguments, sum), strict=True)
-    for found, expected in pairs:
-        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    assert_the_equation(two_phase, arguments, sum)
 
 
 @pytest.mark.parametrize(("blocks", "reads"), [(1, 2), (3, 3)])
 def test_compiled_by_inductor_they_are_the_equation(blocks: int, reads: int) -> None:
     arguments = inputs(blocks, reads)
     compiled = torch.compile(two_phase, fullgraph=True)
-    for found, expected in zip(compiled(*arguments), read_by_read(*arguments), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    pairs = zip(gradients(compiled, arguments, False), gradients(read_by_read, arguments, False), strict=True)
-    for found, expected in pairs:
-        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    assert_the_equation(compiled, arguments)
 
 
 def test_gradients_are_those_of_finite_differences_twice() -> None:
@@ -112,11 +113,8 @@ def test_any_number_of_rows(shape: tuple[int, ...]) -> None:
         [torch.randn(shape, dtype=torch.float64).requires_grad_() for _ in part] for part in (blocks, partials)
     )
     arguments = blocks, queries, gains, partials
-    for found, expected in zip(two_phase(*arguments), read_by_read(*arguments), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    pairs = zip(gradients(two_phase, arguments, True), gradients(read_by_read, arguments, True), strict=True)
-    for found, expected in pairs:
-        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    for sum in (False, True):
+        assert_the_equation(two_phase, arguments, sum)
 
 
 def test_blocks_of_any_layout() -> None:
@@ -127,11 +125,7 @@ def test_blocks_of_any_layout() -> None:
     layouts = [make(3, 2, WIDTH).transpose(0, 1), make(2, WIDTH, 3).mT, make(2, 3, 2 * WIDTH)[..., ::2]]
     blocks = [layout.requires_grad_() for layout in (*layouts, make(1, 3, WIDTH).expand(2, 3, WIDTH))]
     arguments = blocks, queries, gains, partials
-    for found, expected in zip(two_phase(*arguments), read_by_read(*arguments), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    pairs = zip(gradients(two_phase, arguments, False), gradients(read_by_read, arguments, False), strict=True)
-    for found, expected in pairs:
-        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    assert_the_equation(two_phase, arguments)
     transposed = make(WIDTH, 3).t()
     grads, vectors = (
         [make(3, size) for size in (WIDTH, WIDTH, 1, 1)],
