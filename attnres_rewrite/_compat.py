@@ -93,6 +93,11 @@ def register_backend(name: str, backend: Callable[..., Any]) -> None:
         registry.register_backend(compiler_fn=backend, name=name)
 
 
+# Nodes that Inductor may fuse into one kernel on a GPU. The backward of a read of nine sources has more than the 64 of
+# its default; it would be cut into two kernels, each of which reads every source.
+GPU_FUSION_SIZE = 512
+
+
 def inductor_compile(
     module: torch.fx.GraphModule,
     inputs: list[Any],
@@ -108,6 +113,8 @@ def inductor_compile(
 
     patches = dict(inductor.list_mode_options(mode)) if mode and mode != "default" else {}
     patches.update(options or {})
+    if any(isinstance(value, torch.Tensor) and value.is_cuda for value in inputs):
+        patches.setdefault("max_fusion_size", max(inductor.config.max_fusion_size, GPU_FUSION_SIZE))
     before = patches.get("joint_custom_post_pass", inductor.config.joint_custom_post_pass)
     patches["joint_custom_post_pass"] = _inductor_pass(joint_pass, before)
     # The cache of compiled autograd graphs does not look at these tags, so it would not tell two models apart of

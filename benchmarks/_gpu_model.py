@@ -147,7 +147,7 @@ def measure_steps(
         table = record["step"]
     except KeyError:
         record["step"] = table = {"target_times_plain": TARGETS["step"], "variants": {}, "skipped": {}}
-    needed = 60 if device.cuda else 1
+    needed = 35 if device.cuda else 1
     for name in names:
         try:
             budget.need(needed)

@@ -86,7 +86,8 @@ class Device:
     def captured(self, call: Call) -> tuple[Call, str | None]:
         """``call`` as the replay of a CUDA graph; if that cannot be, ``call`` itself and the reason.
 
-        What ``call`` returns is dropped, so all graphs can share one pool of memory.
+        What ``call`` returns is dropped, so all graphs can share one pool of memory. What it reads is kept with it: a
+        graph holds addresses, and the next capture gives free memory back to the driver.
         """
         if not self.cuda:
             return call, "no CUDA"
@@ -107,7 +108,11 @@ class Device:
         except Exception as error:
             torch.cuda.synchronize()
             return call, reason(error)
-        return graph.replay, None
+
+        def replay(_kept: Call = call) -> None:
+            graph.replay()
+
+        return replay, None
 
     def medians(self, contestants: dict[Any, Call], repeats: int, *, cold: bool = True) -> dict[Any, float]:
         """Median seconds per call, the contestants taking turns and every other turn in reverse order."""

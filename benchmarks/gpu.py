@@ -3,9 +3,11 @@
     python benchmarks/gpu.py --out DIR [--wheels DIR] [--seconds 540] [--sections op,step,decode]
 
 Sections, in order of importance: ``op`` (one read against fused kernels of peers, cold L2, CUDA graphs), ``step`` (a
-training step of a Llama, plain and rewritten), ``decode`` (one token, static cache), ``kernels`` (how many kernels one
-site is, and their code), ``big`` (one read of large sources), ``peers`` (the training step with a peer's kernel at
-every site), ``fp32`` (one read in float32) and ``tests`` (the GPU tests). Results are in ``DIR/gpu.json`` after every
+training step of a Llama, plain and rewritten in both schedules), ``decode`` (one token, static cache), ``published``
+(one read of the shape that others have published times for), ``peers`` (the training step with a peer's kernel at
+every site), ``kernels`` (how many kernels one site is, and their code), ``tests`` (the GPU tests), ``big`` (one read
+of large sources) and ``fp32`` (one read in float32). Before the first of them everything is compiled once, in many
+processes at a time, so that what is timed finds it in the caches on disk. Results are in ``DIR/gpu.json`` after every
 row, so a run that is cut off loses nothing. What cannot run is skipped with the reason. On CPU (``--device cpu
 --quick``) the same code runs on small sizes, to see that it does.
 
@@ -34,13 +36,13 @@ sys.path.insert(1, str(ROOT))
 
 import torch  # noqa: E402
 from _environment import environment  # noqa: E402
-from _gpu_op import big_shape, kernels_of_one_site, measure_shapes, small_shapes  # noqa: E402
+from _gpu_op import big_shape, kernels_of_one_site, measure_shapes, published_shape, small_shapes  # noqa: E402
 from _gpu_timing import Budget, Device, OutOfTime, Record  # noqa: E402
-from _gpu_tune import fill_cache, load_peers, thin_out  # noqa: E402
+from _gpu_warm import fill_cache, load_peers, start_compiling, thin_out, wait_for  # noqa: E402
 from _peers import CUDA_PEERS, reason, version, without_folders  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-SECTIONS = ("op", "step", "decode", "kernels", "big", "peers", "fp32", "tests")
+SECTIONS = ("op", "step", "decode", "published", "peers", "kernels", "tests", "big", "fp32")
 SOURCES = (3, 5, 9)
 
 
@@ -55,22 +57,47 @@ def unpack_wheels(folder: Path) -> None:
     os.environ["PYTHONPATH"] += os.pathsep + target
 
 
-def tune_peers(device: Device, record: Record, budget: Budget, options: argparse.Namespace) -> None:
-    """Compile what the peers' autotuners try, before anything is timed."""
+def warm_up(device: Device, record: Record, budget: Budget, options: argparse.Namespace) -> None:
+    """Compile the models, and what the peers' autotuners try, before anything is timed."""
     wanted = set(options.sections)
-    if not device.cuda or not wanted & {"op", "big", "peers", "fp32"}:
+    if not device.cuda or options.resume:
         return
-    load_peers()
-    record["autotuning"] = {"configurations": thin_out(options.peer_configurations)}
-    if options.resume:
-        return
-    others = [n for n in range(8, 1, -1) if n not in SOURCES]
-    small = [(2, 1024, 1024, n) for n in (*SOURCES[::-1], *(others if "peers" in wanted else ()))]
-    # Tuners tell widths and numbers of sources apart, but not more rows than these.
-    big = [(1, 8192, 2048, 9)] if "big" in wanted else []
-    seconds = min(options.tuning_seconds, budget.left() / 4)
-    record["autotuning"] |= fill_cache(seconds, options.peer_configurations, small[:3] + big + small[3:])
-    record.write()
+    deadline = min(options.warm_seconds, budget.left() / 3)
+    running = start_compiling(_models(wanted), sys.argv[1:]) if wanted & {"step", "peers", "decode"} else {}
+    if wanted & {"op", "big", "peers", "fp32", "published"}:
+        load_peers()
+        record["autotuning"] = {"configurations": thin_out(options.peer_configurations)}
+        shapes = _tuned_shapes(wanted)
+        record["autotuning"] |= fill_cache(deadline, options.peer_configurations, shapes, 6 if running else 14)
+    record["warm_up"] = wait_for(running, deadline)
+
+
+def _models(wanted: set[str]) -> list[str]:
+    """What is compiled whole, as section and name."""
+    from _gpu_model import EINSUM, GRAPH_PEERS, OURS, PER_READ, PLAIN
+
+    names = {"step": (PLAIN, OURS, PER_READ), "decode": (PLAIN, OURS), "peers": (*GRAPH_PEERS, EINSUM)}
+    return [f"{section}:{name}" for section in names if section in wanted for name in names[section]]
+
+
+def _tuned_shapes(wanted: set[str]) -> list[tuple[int, int, int, int]]:
+    """Batch, length, width and sources, the most important ones first."""
+    small = [(2, 1024, 1024, n) for n in SOURCES[::-1]]
+    if "published" in wanted:
+        small.append((1, 8192, 7168, 9))
+    if "big" in wanted:
+        # Tuners tell widths and numbers of sources apart, but not more rows than these.
+        small.append((1, 8192, 2048, 9))
+    others = [n for n in range(8, 1, -1) if n not in SOURCES] if "peers" in wanted else []
+    return [*small, *((2, 1024, 1024, n) for n in others)]
+
+
+def compile_model(what: str, options: argparse.Namespace) -> None:
+    """Compile one of :func:`_models` and run it once, in this process."""
+    from _gpu_model import Decoding, TrainingStep
+
+    section, _, name = what.partition(":")
+    (Decoding if section == "decode" else TrainingStep)(name, Device(options.device), options)
 
 
 def run_tests(record: Record, budget: Budget, options: argparse.Namespace) -> None:
@@ -113,21 +140,21 @@ def sections(
         measure_decoding([OURS], device, record, budget, options)
 
     def peers() -> None:
-        from _gpu_model import EINSUM, GRAPH_PEERS, PER_READ, TWO_PHASE
+        from _gpu_model import EINSUM, GRAPH_PEERS
 
-        fla, *others = GRAPH_PEERS
-        step(fla, EINSUM, TWO_PHASE, PER_READ, *others)
+        step(*GRAPH_PEERS, EINSUM)
 
     def ours() -> None:
-        from _gpu_model import OURS
+        from _gpu_model import OURS, PER_READ
 
-        step(OURS)
+        step(OURS, PER_READ)
 
     bf16 = small_shapes(quick, torch.bfloat16, SOURCES)
     return {
         "op": lambda: measure_shapes("op", bf16, *op_arguments),
         "step": ours,
         "decode": decode,
+        "published": lambda: measure_shapes("published", [published_shape(quick)], *op_arguments),
         "kernels": lambda: kernels_of_one_site(device, record, options.out, options),
         "big": lambda: measure_shapes("big", [big_shape(quick)], *op_arguments),
         "peers": peers,
@@ -146,13 +173,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
     parser.add_argument("--repeats", type=int, default=50, help="of one read")
     parser.add_argument("--rounds", type=int, default=30, help="of a training step")
-    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--peer-configurations", type=int, default=16, help="that a peer's autotuner may try")
-    parser.add_argument("--tuning-seconds", type=float, default=75, help="to compile those at most")
+    parser.add_argument("--peer-configurations", type=int, default=8, help="that a peer's autotuner may try")
+    parser.add_argument("--warm-seconds", type=float, default=130, help="to compile before anything is timed, at most")
+    parser.add_argument("--compile", help=argparse.SUPPRESS)
     parser.add_argument("--resume", action="store_true", help="add to the gpu.json that is there")
     options = parser.parse_args()
     unknown = set(options.sections) - set(SECTIONS)
@@ -174,8 +202,11 @@ def main() -> None:
         unpack_wheels(options.wheels)
     # Variants of one model share its code, for which Dynamo counts recompilations together.
     torch._dynamo.config.recompile_limit = 64
+    if options.compile:
+        compile_model(options.compile, options)
+        return
     device = Device(options.device)
-    kept_out = ("out", "wheels", "resume")
+    kept_out = ("out", "wheels", "resume", "compile")
     versions = {name: version(name) for name in ("triton", "transformers", *(d for d, _ in CUDA_PEERS.values()))}
     start = {
         "environment": environment(),
@@ -185,7 +216,7 @@ def main() -> None:
     }
     path = options.out / "gpu.json"
     record = Record(path, json.loads(path.read_text()) if options.resume else start)
-    table = {"tuning": lambda: tune_peers(device, record, budget, options)}
+    table = {"warm_up": lambda: warm_up(device, record, budget, options)}
     table |= {name: run for name, run in sections(device, record, budget, options).items() if name in options.sections}
     for name, run in table.items():
         before = budget.left()

@@ -122,11 +122,21 @@ def hints(for_inductor: bool, device: torch.device) -> tuple[Hint, Hint]:
     return (_row_by_row, keep_in_memory) if for_inductor and device.type == "cpu" else (unchanged, unchanged)
 
 
+def inverse_rms_of(rows: Sequence[Tensor], eps: float) -> list[Tensor]:
+    """Inverse RMS of every source, each ``[..., 1]``."""
+    return [torch.rsqrt((row * row).mean(-1, keepdim=True) + eps) for row in rows]
+
+
+def logits_of(rows: Sequence[Tensor], inverse_rms: Sequence[Tensor], q: Tensor, scale: float) -> list[Tensor]:
+    """Logit of every source, each ``[..., 1]``."""
+    dots = [(row * q).sum(-1, keepdim=True) for row in rows]
+    return [dot * inv * scale for dot, inv in zip(dots, inverse_rms, strict=True)]
+
+
 def scores(rows: Sequence[Tensor], q: Tensor, eps: float, scale: float) -> tuple[list[Tensor], list[Tensor]]:
     """Inverse RMS and logit of every source, each ``[..., 1]``."""
-    inverse_rms = [torch.rsqrt((row * row).mean(-1, keepdim=True) + eps) for row in rows]
-    dots = [(row * q).sum(-1, keepdim=True) for row in rows]
-    return inverse_rms, [dot * inv * scale for dot, inv in zip(dots, inverse_rms, strict=True)]
+    inverse_rms = inverse_rms_of(rows, eps)
+    return inverse_rms, logits_of(rows, inverse_rms, q, scale)
 
 
 def exponentials(logits: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -154,3 +164,14 @@ def weighted_sum(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     for row, weight in zip(rows[1:], weights[1:], strict=True):
         out = out + row * weight
     return out
+
+
+def sum_over_rows(table: Tensor, stored_as: torch.dtype | None) -> Tensor:
+    """The sum over all rows of ``[..., D]``, ``[D]``.
+
+    On a GPU such a sum is a kernel of its own, as it runs over rows. ``stored_as`` lets it read one tensor of this
+    dtype, and not every tensor that ``table`` is computed from. The rounding of what is summed is then that of the
+    gradients of the sources, and smaller in the sum.
+    """
+    rows = table.reshape(-1, table.shape[-1])
+    return rows.sum(0) if stored_as is None else keep_in_memory(rows.to(stored_as)).sum(0, dtype=table.dtype)

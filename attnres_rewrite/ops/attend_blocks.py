@@ -10,15 +10,15 @@ pass over them. For blocks ``v_i`` ``[..., D]``, queries ``w_s`` ``[D]`` and gai
 ``merge_partial`` makes of each the result of its read. Inner arithmetic is float32, or float64 if any input is; ``m``
 has the dtype of the blocks, ``l`` that of the arithmetic.
 
-In the expansions the S reads are a dimension of the scalars, ``[..., S, 1]``, and not S copies of the code for them;
-what is as wide as a block, the S results and the gradients, is written out. docs/performance.md compares this with
+There are two expansions, because Inductor fuses differently on the two kinds of device. On a GPU the code is written
+out for every read, and phase one is one kernel. On the CPU the S reads are a dimension of the scalars, ``[..., S, 1]``,
+and what is as wide as a block, the S results and the gradients, is written out. docs/performance.md compares them with
 other ways to write it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,12 +32,15 @@ from attnres_rewrite.ops.arithmetic import (
     flat_rows,
     folded_query,
     hints,
+    inverse_rms_of,
     keep_in_memory,
+    logits_of,
     promoted_dtype,
     query_grads,
     refuse_tangents,
     scores,
     softmax,
+    sum_over_rows,
     weighted_sum,
 )
 
@@ -65,16 +68,20 @@ def _each_gain(queries: Sequence[Tensor], gains: Sequence[Tensor]) -> Sequence[T
     return gains if gains else [None] * len(queries)
 
 
-def _folded_queries(blocks: Sequence[Tensor], queries: Sequence[Tensor], gains: Sequence[Tensor]) -> Tensor:
-    """Queries times gains ``[S, D]``, in the dtype of the inner arithmetic."""
+def _folded_each(blocks: Sequence[Tensor], queries: Sequence[Tensor], gains: Sequence[Tensor]) -> list[Tensor]:
+    """Every query times its gain, in the dtype of the inner arithmetic."""
     dtype = compute_dtype(*blocks, *queries, *gains)
     pairs = zip(queries, _each_gain(queries, gains), strict=True)
-    return torch.stack([folded_query(query, gain, dtype) for query, gain in pairs])
+    return [folded_query(query, gain, dtype) for query, gain in pairs]
 
 
-def _rows(blocks: Sequence[Tensor], q: Tensor) -> list[Tensor]:
-    """Every block as ``[..., S, D]``, expanded and not copied."""
-    return [block.to(q.dtype).unsqueeze(-2).expand(*block.shape[:-1], *q.shape) for block in blocks]
+def _folded_queries(blocks: Sequence[Tensor], queries: Sequence[Tensor], gains: Sequence[Tensor]) -> Tensor:
+    """Queries times gains ``[S, D]``, in the dtype of the inner arithmetic."""
+    return torch.stack(_folded_each(blocks, queries, gains))
+
+
+# Expansions, for Inductor on a GPU and for differentiation: a copy of the code for every read, so that all of phase one
+# is one kernel, which reads every block once.
 
 
 def _expand_forward(
@@ -83,11 +90,80 @@ def _expand_forward(
     gains: Sequence[Tensor],
     eps: float,
     scale: float,
+) -> list[Tensor]:
+    _check(blocks, queries, gains)
+    q = _folded_each(blocks, queries, gains)
+    wide, dtype = [block.to(q[0].dtype) for block in blocks], promoted_dtype(blocks)
+    inverse_rms = inverse_rms_of(wide, eps)
+    mixed, log_sums = [], []
+    for of_read in q:
+        peak, exps, denominator = exponentials(logits_of(wide, inverse_rms, of_read, scale))
+        factor = 1.0 / denominator
+        mixed.append(weighted_sum(wide, [exp * factor for exp in exps]).to(dtype).contiguous())
+        log_sums.append(peak + torch.log(denominator))
+    return [*mixed, *log_sums]
+
+
+def _expand_backward(
+    grads: Sequence[Tensor],
+    blocks: Sequence[Tensor],
+    queries: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    eps: float,
+    scale: float,
+    wanted: Sequence[bool],
     *,
     for_inductor: bool = False,
 ) -> list[Tensor]:
+    n, reads = len(blocks), len(queries)
+    q = _folded_each(blocks, queries, gains)
+    dtype = q[0].dtype
+    wide = [block.to(dtype) for block in blocks]
+    d_mixed, d_log_sums = ([grad.to(dtype) for grad in part] for part in (grads[:reads], grads[reads:]))
+    inverse_rms = inverse_rms_of(wide, eps)
+    logits = [logits_of(wide, inverse_rms, of_read, scale) for of_read in q]
+    weights = [softmax(of_read, 1.0) for of_read in logits]
+    d_logits = []
+    for weight, d_out, d_log_sum in zip(weights, d_mixed, d_log_sums, strict=True):
+        d_weight = [(d_out * v).sum(-1, keepdim=True) for v in wide]
+        # A logit changes m by its block, against the mean over the blocks, and l by its weight.
+        mean = weighted_sum(d_weight, weight) - d_log_sum
+        d_logits.append([w * (d - mean) for w, d in zip(weight, d_weight, strict=True)])
+    on_query = [[d * inv * scale for d, inv in zip(row, inverse_rms, strict=True)] for row in d_logits]
+
+    found: list[Tensor] = []
+    for i, block in enumerate(blocks):
+        if wanted[i]:
+            d_row = weighted_sum(d_mixed, [weight[i] for weight in weights])
+            for of_read, on in zip(q, on_query, strict=True):
+                d_row = d_row + of_read * on[i]
+            on_row = weighted_sum([d[i] for d in d_logits], [logit[i] for logit in logits])
+            d_row = d_row - wide[i] * (on_row * inverse_rms[i].square() / block.shape[-1])
+            found.append(d_row.to(block.dtype).contiguous())
+    if any(wanted[n:]):
+        stored_as = promoted_dtype(blocks) if for_inductor else None
+        d_q = [sum_over_rows(weighted_sum(wide, on), stored_as) for on in on_query]
+        found += _vector_grads(d_q, queries, gains, wanted[n:])
+    return found
+
+
+# Expansions for Inductor on the CPU: the reads are a dimension of the scalars, which are loop nests of their own there.
+
+
+def _rows(blocks: Sequence[Tensor], q: Tensor) -> list[Tensor]:
+    """Every block as ``[..., S, D]``, expanded and not copied."""
+    return [block.to(q.dtype).unsqueeze(-2).expand(*block.shape[:-1], *q.shape) for block in blocks]
+
+
+def _expand_forward_on_cpu(
+    blocks: Sequence[Tensor],
+    queries: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    eps: float,
+    scale: float,
+) -> list[Tensor]:
     _check(blocks, queries, gains)
-    row_by_row, stored = hints(for_inductor, blocks[0].device)
+    row_by_row, stored = hints(True, blocks[0].device)
     q = _folded_queries(blocks, queries, gains)
     rows = _rows(blocks, q)
     logits = [row_by_row(logit) for logit in scores(rows, q, eps, scale)[1]]
@@ -102,7 +178,7 @@ def _expand_forward(
     return [*(m.to(dtype).contiguous() for m in mixed), *log_sum.unbind(-2)]
 
 
-def _expand_backward(
+def _expand_backward_on_cpu(
     grads: Sequence[Tensor],
     blocks: Sequence[Tensor],
     queries: Sequence[Tensor],
@@ -110,10 +186,8 @@ def _expand_backward(
     eps: float,
     scale: float,
     wanted: Sequence[bool],
-    *,
-    for_inductor: bool = False,
 ) -> list[Tensor]:
-    row_by_row, stored = hints(for_inductor, blocks[0].device)
+    row_by_row, stored = hints(True, blocks[0].device)
     n, reads = len(blocks), len(queries)
     q = _folded_queries(blocks, queries, gains)
     rows, wide = _rows(blocks, q), [block.to(q.dtype) for block in blocks]
@@ -142,7 +216,7 @@ def _expand_backward(
         for s in range(reads):
             d_rows = weighted_sum(wide, [scalar.select(-2, s) for scalar in on_query]).reshape(-1, q.shape[-1])
             # This reduction runs over rows, in a loop of its own: let it read one tensor, not every block again.
-            d_q.append((keep_in_memory(d_rows) if for_inductor else d_rows).sum(0))
+            d_q.append(keep_in_memory(d_rows).sum(0))
         found += _vector_grads(d_q, queries, gains, wanted[n:])
     return found
 
@@ -286,6 +360,17 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     return by_input[:n], by_input[n : n + reads], by_input[n + reads :], None, None
 
 
+def _lower_forward(blocks: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+    expand = _expand_forward_on_cpu if blocks[0].device.type == "cpu" else _expand_forward
+    return expand(blocks, *rest)
+
+
+def _lower_backward(grads: Sequence[Tensor], blocks: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+    if blocks[0].device.type == "cpu":
+        return _expand_backward_on_cpu(grads, blocks, *rest)
+    return _expand_backward(grads, blocks, *rest, for_inductor=True)
+
+
 def _register() -> None:
     torch.library.impl(_FORWARD, "CompositeExplicitAutograd", _forward)
     torch.library.impl(_BACKWARD, "CompositeExplicitAutograd", _backward)
@@ -296,8 +381,8 @@ def _register() -> None:
     torch.library.impl(_FORWARD, "FuncTorchDynamicLayerFrontMode", _expand_forward)
 
     ops = torch.ops.attnres
-    register_inductor_decomposition(ops.attend_blocks.default, partial(_expand_forward, for_inductor=True))
-    register_inductor_decomposition(ops.attend_blocks_backward.default, partial(_expand_backward, for_inductor=True))
+    register_inductor_decomposition(ops.attend_blocks.default, _lower_forward)
+    register_inductor_decomposition(ops.attend_blocks_backward.default, _lower_backward)
 
 
 _register()

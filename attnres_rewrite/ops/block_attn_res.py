@@ -39,6 +39,7 @@ from attnres_rewrite.ops.arithmetic import (
     refuse_tangents,
     scores,
     softmax,
+    sum_over_rows,
     weighted_sum,
 )
 
@@ -140,12 +141,15 @@ def _expand_backward(
             d_row = d_out * stored(weights[i]) + on_query[i] * q - rows[i] * on_row
             grads.append(d_row.to(source.dtype).contiguous())
     if any(wanted[n:]):
-        d_rows = weighted_sum(rows, on_query).reshape(-1, q.shape[0])
-        if for_inductor and n > 2:
+        d_rows = weighted_sum(rows, on_query)
+        if for_inductor and d_rows.device.type != "cpu":
+            d_q = sum_over_rows(d_rows, promoted_dtype(sources))
+        else:
+            d_rows = d_rows.reshape(-1, q.shape[0])
             # This reduction runs over rows and has a loop of its own: let it read one tensor, not every source again.
             # (Measured, too: a matrix-vector product or a reduction per source, both slower in all.)
-            d_rows = keep_in_memory(d_rows)
-        grads += query_grads(d_rows.sum(0), query, gain, wanted[n:])
+            d_q = (keep_in_memory(d_rows) if for_inductor and n > 2 else d_rows).sum(0)
+        grads += query_grads(d_q, query, gain, wanted[n:])
     return grads
 
 

@@ -31,6 +31,7 @@ from attnres_rewrite.ops.arithmetic import (
     query_grads,
     refuse_tangents,
     scores,
+    sum_over_rows,
 )
 
 _FORWARD, _BACKWARD = "attnres::merge_partial", "attnres::merge_partial_backward"
@@ -122,8 +123,9 @@ def _expand_backward(
         on_row = stored(d_logit * logit * inverse_rms.square() / q.shape[0])
         found.append((d_out * kept + on_query * q - p * on_row).to(partial.dtype).contiguous())
     if any(wanted[3:]):
-        d_q = (p * on_query).reshape(-1, q.shape[0]).sum(0)
-        found += query_grads(d_q, query, gain, wanted[3:])
+        d_rows = p * on_query
+        stored_as = partial.dtype if for_inductor and partial.device.type != "cpu" else None
+        found += query_grads(sum_over_rows(d_rows, stored_as), query, gain, wanted[3:])
     return found
 
 

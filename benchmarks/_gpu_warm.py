@@ -1,9 +1,9 @@
-"""Fill Triton's cache on disk with what the peers' autotuners will try, in many processes at once.
+"""Fill the caches on disk before anything is timed, in many processes at once.
 
-Some peers try dozens of configurations per kernel and number of sources, each of which compiles for a second or more;
-one process after another this would take most of a run. Each process here takes a part of every tuner's list; the
-benchmark then finds all of them compiled. More than ``limit`` configurations of one kernel are thinned out evenly, here
-and in the benchmark, which says so in its results.
+A compiled model takes a minute or two the first time, and a few seconds once Inductor's caches have it: each is
+compiled by a process of its own. Some peers' autotuners try dozens of configurations per kernel and number of sources,
+each of which compiles for a second or more; every process takes a part of each tuner's list. More than ``limit``
+configurations of one kernel are thinned out evenly, here and in the benchmark, which says so in its results.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from _peers import CUDA_PEERS, reason, without_folders
 
@@ -63,9 +64,41 @@ def load_peers() -> None:
         __import__("attnres._kernels.fla_full_sources")
 
 
-def fill_cache(seconds: float, limit: int, shapes: list[tuple[int, int, int, int]]) -> dict[str, Any]:
-    """Run the processes; ``shapes`` are (batch, length, width, sources). Those not done in time are ended."""
-    parts = max(1, min(14, (os.cpu_count() or 2) - 2))
+Running = dict[str, tuple[float, subprocess.Popen[str], IO[str]]]
+
+
+def start_compiling(models: list[str], arguments: list[str]) -> Running:
+    """Start a process for every model, which compiles it as ``gpu.py`` with ``arguments`` will."""
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    command = [sys.executable, str(Path(__file__).parent / "gpu.py"), *arguments, "--compile"]
+    running: Running = {}
+    for model in models:
+        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by wait_for)
+        process = subprocess.Popen([*command, model], stdout=log, stderr=log, text=True, env=environment)
+        running[model] = time.monotonic(), process, log
+    return running
+
+
+def wait_for(running: Running, seconds: float) -> dict[str, str]:
+    """Wait for what :func:`start_compiling` started; processes not done ``seconds`` after that are ended."""
+    report = {}
+    for model, (start, process, log) in running.items():
+        try:
+            process.wait(max(1.0, seconds - (time.monotonic() - start)))
+            log.seek(0)
+            last = [without_folders(line) for line in log.read().splitlines() if line.strip()][-1:]
+            report[model] = "done" if process.returncode == 0 else f"failed: {''.join(last)[:240]}"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            report[model] = "not done in time"
+        log.close()
+    return report
+
+
+def fill_cache(seconds: float, limit: int, shapes: list[tuple[int, int, int, int]], processes: int) -> dict[str, Any]:
+    """Run the peers' autotuners; ``shapes`` are (batch, length, width, sources). Those not done in time are ended."""
+    parts = max(1, min(processes, (os.cpu_count() or 2) - 2))
     text = [",".join(map(str, shape)) for shape in shapes]
     command = [sys.executable, __file__, "--limit", str(limit), "--shapes", *text, "--part"]
     start = time.monotonic()
