@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._inductor import metrics
 from torch._inductor.graph import GraphLowering
 
-from attnres_rewrite._compat import GPU_FUSION_SIZE
+from attnres_rewrite import _compat
 
 TARGETS = {"forward": 0.88, "forward+backward": 0.75}
 OURS = "attnres_rewrite"
@@ -50,10 +50,21 @@ def big_shape(quick: bool) -> Shape:
     return Shape(2, 128, 64, 9) if quick else Shape(4, 16384, 2048, 9)
 
 
+def compiled_read() -> Form:
+    """The operator, compiled as the backend "attnres" asks Inductor to on a GPU; code of its own, so compiled anew."""
+    function = types.FunctionType(block_attn_res.__code__.replace(co_name="site"), block_attn_res.__globals__)
+    compiled = torch.compile(function, dynamic=False, options={"max_fusion_size": _compat.GPU_FUSION_SIZE})
+
+    def form(sources: list[Tensor], query: Tensor, gain: Tensor) -> Tensor:
+        with _compat.choices_for_reads():
+            out: Tensor = compiled(sources, query, gain)
+        return out
+
+    return form
+
+
 def forms_of_one_read(*, with_einsum: bool) -> dict[str, Callable[[], Form]]:
-    # What the backend "attnres" asks of Inductor on a GPU.
-    options = {"max_fusion_size": GPU_FUSION_SIZE}
-    forms: dict[str, Callable[[], Form]] = {OURS: lambda: torch.compile(block_attn_res, dynamic=False, options=options)}
+    forms: dict[str, Callable[[], Form]] = {OURS: compiled_read}
     forms |= {name: load for name, (_, load) in CUDA_PEERS.items()}
     if with_einsum:
         forms["stack and einsum, compiled"] = lambda: torch.compile(stack_and_einsum, dynamic=False)
@@ -173,18 +184,34 @@ def measure_shapes(
         show(result)
 
 
+def in_registers_or_looped(device: Device, record: Record, budget: Budget, options: argparse.Namespace) -> None:
+    """One read at several widths, its sources kept in registers between the two passes over them, or read twice."""
+    record["registers"] = rows = []
+    for width in (64, 128) if options.quick else (1024, 2048, 4096, 7168):
+        shape = Shape(1, 64 if options.quick else 8192, width, 9)
+        inputs = Inputs(shape, device.name)
+        contestants: dict[Any, Call] = {}
+        for name, limit in (("looped", 0), ("in registers", 1 << 14)):
+            budget.need(15 if device.cuda else 1)
+            with without_caches(), mock.patch.object(_compat, "_WIDTH_IN_REGISTERS", limit):
+                for step, call in inputs.calls(compiled_read()).items():
+                    call()
+                    contestants[name, step], _ = device.captured(call)
+        found = device.medians(contestants, options.repeats)
+        rows.append(shape.to_json() | {f"{name}, {step}": round(s * 1e6, 1) for (name, step), s in found.items()})
+        record.write()
+        print(rows[-1], flush=True)
+
+
 def kernels_of_one_site(device: Device, record: Record, folder: Path, options: argparse.Namespace) -> None:
     """How many kernels one read compiles to, and their code as files in ``folder``."""
     shape = small_shapes(options.quick, torch.bfloat16, (9,))[0]
     inputs = Inputs(shape, device.name)
     found: dict[str, Any] = {"shape": shape.to_json(), "kernels": {}, "code": {}}
     suffix = "cuda" if device.cuda else "cpu"
-    # A code object of its own, which Dynamo has not compiled yet. Nothing is reset: graphs that other sections captured
-    # read the memory of what they compiled.
-    fresh = types.FunctionType(block_attn_res.__code__.replace(co_name="site"), block_attn_res.__globals__)
+    # Nothing is reset: graphs that other sections captured read the memory of what they compiled.
     with without_caches():
-        options = {"max_fusion_size": GPU_FUSION_SIZE}
-        for step, call in inputs.calls(torch.compile(fresh, dynamic=False, options=options)).items():
+        for step, call in inputs.calls(compiled_read()).items():
             metrics.reset()
             code: list[str] = []
             # Inductor's hook for tests; its own helper around it resets Dynamo.

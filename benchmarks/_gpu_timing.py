@@ -99,7 +99,7 @@ class Device:
                     call()
             torch.cuda.current_stream().wait_stream(side)
             torch.cuda.synchronize()
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._pool = self._pool or self._kept_pool()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 call()
@@ -113,6 +113,13 @@ class Device:
             graph.replay()
 
         return replay, None
+
+    def _kept_pool(self) -> Any:
+        """A pool for graphs that lives as long as this object: one dies with its last graph, and is then refused."""
+        self._pool_keeper = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._pool_keeper):
+            self._in_pool = torch.zeros(1, device=self.name)
+        return self._pool_keeper.pool()
 
     def medians(self, contestants: dict[Any, Call], repeats: int, *, cold: bool = True) -> dict[Any, float]:
         """Median seconds per call, the contestants taking turns and every other turn in reverse order."""

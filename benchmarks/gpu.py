@@ -5,11 +5,12 @@
 Sections, in order of importance: ``op`` (one read against fused kernels of peers, cold L2, CUDA graphs), ``step`` (a
 training step of a Llama, plain and rewritten in both schedules), ``decode`` (one token, static cache), ``published``
 (one read of the shape that others have published times for), ``peers`` (the training step with a peer's kernel at
-every site), ``kernels`` (how many kernels one site is, and their code), ``tests`` (the GPU tests), ``big`` (one read
-of large sources) and ``fp32`` (one read in float32). Before the first of them everything is compiled once, in many
-processes at a time, so that what is timed finds it in the caches on disk. Results are in ``DIR/gpu.json`` after every
-row, so a run that is cut off loses nothing. What cannot run is skipped with the reason. On CPU (``--device cpu
---quick``) the same code runs on small sizes, to see that it does.
+every site), ``registers`` (one read at several widths, looped or with its sources in registers), ``kernels`` (how many
+kernels one site is, and their code), ``tests`` (the GPU tests), ``big`` (one read of large sources) and ``fp32`` (one
+read in float32). Before the first of them everything is compiled once, in many processes at a time, so that what is
+timed finds it in the caches on disk. Results are in ``DIR/gpu.json`` after every row, so a run that is cut off loses
+nothing. What cannot run is skipped with the reason. On CPU (``--device cpu --quick``) the same code runs on small
+sizes, to see that it does.
 
 ``--wheels`` names a folder of pure Python wheels (fla-core, liger-kernel, flash-attn-res, fast-attnres) for machines
 that nothing can be installed on; they are unpacked to a temporary folder.
@@ -36,13 +37,20 @@ sys.path.insert(1, str(ROOT))
 
 import torch  # noqa: E402
 from _environment import environment  # noqa: E402
-from _gpu_op import big_shape, kernels_of_one_site, measure_shapes, published_shape, small_shapes  # noqa: E402
+from _gpu_op import (  # noqa: E402
+    big_shape,
+    in_registers_or_looped,
+    kernels_of_one_site,
+    measure_shapes,
+    published_shape,
+    small_shapes,
+)
 from _gpu_timing import Budget, Device, OutOfTime, Record  # noqa: E402
 from _gpu_warm import fill_cache, load_peers, start_compiling, thin_out, wait_for  # noqa: E402
 from _peers import CUDA_PEERS, reason, version, without_folders  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-SECTIONS = ("op", "step", "decode", "published", "peers", "kernels", "tests", "big", "fp32")
+SECTIONS = ("op", "step", "decode", "published", "peers", "registers", "kernels", "tests", "big", "fp32")
 SOURCES = (3, 5, 9)
 
 
@@ -155,6 +163,7 @@ def sections(
         "step": ours,
         "decode": decode,
         "published": lambda: measure_shapes("published", [published_shape(quick)], *op_arguments),
+        "registers": lambda: in_registers_or_looped(*op_arguments),
         "kernels": lambda: kernels_of_one_site(device, record, options.out, options),
         "big": lambda: measure_shapes("big", [big_shape(quick)], *op_arguments),
         "peers": peers,
