@@ -1,5 +1,6 @@
 """The two-phase schedule: its operators, its pass, and models that use it."""
 
+import importlib
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -92,6 +93,26 @@ def test_compiled_by_inductor_they_are_the_equation(blocks: int, reads: int) -> 
     arguments = inputs(blocks, reads)
     compiled = torch.compile(two_phase, fullgraph=True)
     assert_the_equation(compiled, arguments)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_what_inductor_expands_on_a_gpu_is_the_equation(dtype: torch.dtype, tolerance: float) -> None:
+    """Written out for every read, and the sum over rows of what was rounded to the dtype of the blocks."""
+    module = importlib.import_module("attnres_rewrite.ops.attend_blocks")
+    blocks, queries, gains, _ = inputs(3, 2, dtype=dtype)
+    wide = [[t.detach().double() for t in given] for given in (blocks, queries, gains)]
+    settings = (1e-6, 1.0)
+    grads = [torch.randn_like(t) for t in attnres.attend_blocks(blocks, queries, gains, *settings)]
+    wanted = [True] * 7
+    backward = attnres.attend_blocks_backward([g.double() for g in grads], *wide, *settings, wanted)
+    expected = [*attnres.attend_blocks(*wide, *settings), *backward]
+    found = [
+        *module._expand_forward(blocks, queries, gains, *settings),
+        *module._expand_backward(grads, blocks, queries, gains, *settings, wanted, for_inductor=True),
+    ]
+    assert len(found) == len(expected) == 4 + 7
+    for given, right in zip(found, expected, strict=True):
+        assert (given.double() - right).abs().max() <= tolerance * right.abs().max()
 
 
 def test_gradients_are_those_of_finite_differences_twice() -> None:
