@@ -13,6 +13,7 @@ from attnres_rewrite.errors import AttnResError, NoResidualStreamError, Unsuppor
 from attnres_rewrite.graph import is_inside, op_name, source_line
 from attnres_rewrite.passes import (
     CheckRewrite,
+    Expansion,
     FindStreams,
     GroupLayers,
     InlineRegions,
@@ -22,6 +23,7 @@ from attnres_rewrite.passes import (
     ScheduleReads,
     Site,
     SiteParameters,
+    SpellOutSums,
     StreamAnalysis,
 )
 from attnres_rewrite.streams import Rejected, ResidualStream, StreamPlan, rejected_lines
@@ -49,6 +51,7 @@ def find_streams(module: GraphModule) -> StreamAnalysis:
     """The residual streams of ``module``, whose checkpointed regions and in-place adds are resolved first."""
     InlineRegions()(module)
     ResolveInplaceOps()(module)
+    SpellOutSums()(module)
     analysis: StreamAnalysis = FindStreams()(module)
     return analysis
 
@@ -125,7 +128,8 @@ def insert(
     module: GraphModule, plan: StreamPlan, parameters: Sequence[SiteParameters], config: AttnResConfig
 ) -> list[Site]:
     """Rewrite a planned stream of ``module`` in place and check the result."""
+    before = Expansion(plan)
     inserted: list[Site] = InsertAttnRes()(module, plan, parameters, config)
     scheduled: list[Site] = ScheduleReads()(module, inserted, config)
-    CheckRewrite()(module, plan, scheduled)
+    CheckRewrite()(module, plan, scheduled, before)
     return scheduled

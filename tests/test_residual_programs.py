@@ -39,6 +39,7 @@ from torch import Tensor, nn
 import attnres_rewrite as ar
 from attnres_rewrite.capture import Call, capture
 from attnres_rewrite.pipeline import Analysis, analyse
+from attnres_rewrite.streams import Step
 
 X = torch.randn(BATCH, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0)).double()
 DOUBLE, MIXED = (torch.float64, torch.float64), (torch.float32, torch.float64)
@@ -151,11 +152,11 @@ def plan_of(program: Program) -> Plan:
         values = [len(steps)]
         for j, sub in enumerate(subs):
             if sub.scale and sub.scale_first and (i or j):
-                # Before the first read it belongs to the root.
+                # Before the first add it belongs to the root.
                 steps.append(("scale", 1.0, i))
                 values[-1] = len(steps)
             read.add(values[-1 - sub.behind])
-            if sub.scale and not sub.scale_first:
+            if sub.scale and not sub.scale_first and (i or j):
                 steps.append(("scale", 1.0, i))
             steps.append(("add", SPELLINGS[sub.spelling].alpha, i))
             values.append(len(steps))
@@ -185,10 +186,10 @@ class Stream:
         self.plan, self.queries, self.gains = plan, queries, gains
         self.blocks, self.partial, self.steps, self.values = [root], None, 0, []
 
-    def scale(self, scale: Callable[[Tensor], Tensor]) -> Tensor | None:
+    def scale(self, scale: Callable[[Tensor], Tensor], counts: bool = True) -> Tensor | None:
         self.blocks = [scale(block) for block in self.blocks]
         self.partial = None if self.partial is None else scale(self.partial)
-        return self._value()
+        return self._value() if counts else None
 
     def add(self, f: Tensor) -> Tensor | None:
         self.partial = f if self.partial is None else self.partial + f
@@ -234,7 +235,7 @@ def reference(model: Model, queries: Sequence[Tensor] = (), gains: Sequence[Tens
                 values[-1] = stream.scale(connection.rescale)
             operands.append(connection.branch(values[-1 - sub.behind].reshape(shape)).reshape(home))
             if sub.scale and not sub.scale_first:
-                stream.scale(connection.rescale)
+                stream.scale(connection.rescale, counts=bool(i or j))
             value = stream.add(SPELLINGS[sub.spelling].alpha * operands[-1])
             values.append(value)
             for name in sub.after:
@@ -246,12 +247,17 @@ def reference(model: Model, queries: Sequence[Tensor] = (), gains: Sequence[Tens
     return Run((model.norm(value) if program.final_norm else value, *extras), root, operands, stream.values)
 
 
+def alpha_of(step: Step) -> float:
+    """What a step multiplies the branch output by that it adds."""
+    return step.outputs[0].factor if step.outputs else 1.0
+
+
 def check_plan(found: Analysis, program: Program) -> None:
     """One stream, with the branches, layers and blocks that were planted."""
     (plan,), planted = found.plans, plan_of(program)
     assert found.found == (plan.stream.owner,) == (planted.owner,)
     assert plan.stream.width == WIDTH
-    steps = tuple(tuple((s.kind, s.alpha) for s in branch.steps) for branch in plan.stream.branches)
+    steps = tuple(tuple((s.kind, alpha_of(s)) for s in branch.steps) for branch in plan.stream.branches)
     assert steps == planted.steps
     assert plan.layer_of == planted.layer_of
     assert len(plan.layers) == len(planted.layers)
@@ -286,7 +292,7 @@ def check_values(found: Analysis, run: Run) -> None:
     stream = found.plans[0].stream
     nodes = [
         stream.root,
-        *(add.operand for b in stream.branches for add in b.adds),
+        *(output.node for b in stream.branches for add in b.adds for output in add.outputs),
         *(b.value for b in stream.branches),
     ]
     expected = [run.root, *run.operands, *run.values]

@@ -7,7 +7,8 @@ import torch
 from models import Tower, embeddings, llama, randomise_sites, token_ids
 
 import attnres_rewrite as ar
-from attnres_rewrite.passes import CheckRewrite, insert_attnres
+from attnres_rewrite.passes import CheckRewrite
+from attnres_rewrite.passes.parts import PartWriter
 from attnres_rewrite.verification import relative_difference
 
 
@@ -38,14 +39,8 @@ def test_dropout_draws_the_same_numbers_on_both_sides() -> None:
 
 
 def test_a_wrong_source_list_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CheckRewrite, "call", lambda self, module, plan, sites: len(sites))
-    add = insert_attnres._Writer._add
-
-    def drop_second_term(self: insert_attnres._Writer, step: object) -> None:
-        if self.partial is None:
-            add(self, step)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(insert_attnres._Writer, "_add", drop_second_term)
+    monkeypatch.setattr(CheckRewrite, "call", lambda self, module, plan, sites, before: len(sites))
+    monkeypatch.setattr(PartWriter, "total", lambda self, left, right, *, like: left)
     model = ar.rewrite(Tower(), blocks=2, example_inputs=embeddings(), backend="eager")
     result = ar.verify(model, embeddings())
     assert not result.passed

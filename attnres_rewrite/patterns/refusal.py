@@ -10,9 +10,17 @@ from collections.abc import Container, Sequence
 from torch import nn
 from torch.fx import Node
 
-from attnres_rewrite.graph import data_inputs, depends_on, is_float_tensor, op_name, require_tensor, submodule_of
+from attnres_rewrite.graph import (
+    data_inputs,
+    depends_on,
+    is_float_tensor,
+    op_name,
+    require_tensor,
+    same_shape,
+    submodule_of,
+)
 from attnres_rewrite.patterns.base import Rejection
-from attnres_rewrite.patterns.residual_add import ResidualAdd
+from attnres_rewrite.patterns.linear_sum import LinearSum
 from attnres_rewrite.patterns.stream_scale import scaled_values
 from attnres_rewrite.patterns.transparent import through_transparent
 
@@ -205,11 +213,14 @@ def is_mixer(node: Node) -> bool:
 
 
 def _both_ways(add: Node) -> tuple[tuple[Node, Node], ...]:
-    """The operands of an add of two tensors of one shape, in either order."""
-    match = ResidualAdd().match(add)
-    if isinstance(match, Rejection):
+    """The operands of a sum of two tensors of one shape, in either order."""
+    match = LinearSum().match(add)
+    if isinstance(match, Rejection) or len(match.addends) != 2:
         return ()
-    return (match.left, match.right), (match.right, match.left)
+    (left, _), (right, _) = match.addends
+    if not same_shape(require_tensor(left), require_tensor(right)):
+        return ()
+    return (left, right), (right, left)
 
 
 def _is_wide(source: Node, mixed: Node) -> bool:

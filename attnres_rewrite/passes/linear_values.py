@@ -1,0 +1,272 @@
+"""Which values of a graph are linear combinations of one root and what is added to it: the search of pass 4."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import operator
+from collections.abc import Iterable
+
+from torch.fx import GraphModule, Node
+
+from attnres_rewrite.graph import (
+    depends_on,
+    indices,
+    is_float_tensor,
+    op_name,
+    overwritten_by,
+    require_tensor,
+    same_shape,
+)
+from attnres_rewrite.patterns import LinearSum, StreamScale, through_transparent
+from attnres_rewrite.patterns.base import Rejection
+from attnres_rewrite.patterns.stream_scale import scaled_values
+from attnres_rewrite.streams import Addend, AddendKind, Step
+
+
+@dataclasses.dataclass(eq=False)
+class Value:
+    """A value of a family: all the values that are linear combinations of one root and of branch outputs.
+
+    Attributes:
+        node: The node that computes it.
+        step: How; ``None`` for a root.
+        sources: The values that it is computed from.
+        root: The root of the family, ``None`` for the root itself.
+        depth: The largest number of branch outputs on a way from the root.
+        ancestors: The values that it is a linear function of, itself among them, as bits by ``number``.
+        number: Its place in the family.
+    """
+
+    node: Node
+    step: Step | None
+    sources: tuple[Value, ...]
+    root_value: Value | None
+    depth: int
+    ancestors: int
+    number: int
+
+    @property
+    def root(self) -> Value:
+        """The first value of the family."""
+        return self.root_value or self
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it is the sum with a branch output, or of two values of the family."""
+        return self.step is not None and (bool(self.step.outputs) or len(self.step.values) > 1)
+
+    def descends_from(self, other: Value) -> bool:
+        """Whether it is a linear function of ``other``, or ``other`` itself."""
+        return self.root is other.root and bool(self.ancestors >> other.number & 1)
+
+
+class LinearValues:
+    """The families of linear values of a graph, grown sum by sum in topological order.
+
+    Attributes:
+        index: The topological order.
+        values: Every value that was found, by its node.
+        families: For every root its values, in the order in which they were found.
+        rejected: The sums that give no value, with the reason.
+        shared: Sums that overwrite in place a tensor that something else shares.
+        inside: For every sum, the values that its branch output computes from and that it is no function of.
+    """
+
+    def __init__(self, module: GraphModule) -> None:
+        self.index = indices(module.graph)
+        self.values: dict[Node, Value] = {}
+        self.families: dict[Value, list[Value]] = {}
+        self.rejected: dict[Node, str] = {}
+        self.shared: list[Node] = []
+        self.inside: dict[Value, set[Value]] = {}
+        self._sum, self._scale = LinearSum(), StreamScale()
+        self._sums_of_root: dict[Value, set[Node]] = {}
+
+    def consider(self, node: Node) -> None:
+        """Extend or begin a family with the sum ``node``, or note why not."""
+        match = self._sum.match(node)
+        if isinstance(match, Rejection):
+            if all(isinstance(operand, Node) and is_float_tensor(operand) for operand in node.args[:2]):
+                self.rejected[node] = match.reason
+            return
+        shapes = [require_tensor(operand).shape for operand, _ in match.addends]
+        if not same_shape(*(require_tensor(operand) for operand, _ in match.addends)):
+            self.rejected[node] = "the operands differ in shape: " + " and ".join(str(list(shape)) for shape in shapes)
+            return
+        reasons = []
+        # A value that is known to be on a stream goes before a new root, whichever operand it is.
+        for known, (side, other) in itertools.product((True, False), (match.addends, match.addends[::-1])):
+            outcome = self._attach(node, side, other, known=known)
+            if isinstance(outcome, Value) and overwritten_by(node) is not None:
+                self.shared.append(node)
+                self.rejected[node] = "it overwrites a tensor that something else shares"
+                return
+            if isinstance(outcome, Value):
+                self.values[node] = outcome
+                self.families[outcome.root].append(outcome)
+                return
+            reasons.append(outcome)
+        self.rejected[node] = next(
+            (reason for reason in reasons if reason is not None), "neither operand computes from the other"
+        )
+
+    def computes_from(self, node: Node, root: Value) -> bool:
+        """Whether ``node`` computes, in whatever way, from a value of the family of ``root``."""
+
+        def is_value(candidate: Node) -> bool:
+            known = self.values.get(candidate)
+            return candidate is root.node or (known is not None and known.root is root)
+
+        return depends_on(node, is_value, self.index[root.node], self.index)
+
+    def linear_step(self, node: Node) -> Step | None:
+        """The scale, or the bias that is broadcast, by which ``node`` is a function of one other tensor."""
+        scale = self._scale.match(node)
+        if not isinstance(scale, Rejection):
+            source = through_transparent(scale.source)
+            if isinstance(scale.factor, Node):
+                return Step(node, (Addend("value", source),), scale.factor, scale.divides)
+            return Step(node, (Addend("value", source, scale.factor),))
+        match = self._sum.match(node)
+        if isinstance(match, Rejection):
+            return None
+        result = require_tensor(node)
+        wide = [same_shape(require_tensor(operand), result) for operand, _ in match.addends]
+        if wide[0] == wide[1]:
+            return None
+        (source, factor), (bias, weight) = match.addends if wide[0] else match.addends[::-1]
+        return Step(node, (Addend("value", through_transparent(source), factor), Addend("bias", bias, weight)))
+
+    def is_independent(self, steps: Iterable[Step], root: Value) -> bool:
+        """Whether no scale or bias among ``steps`` computes from the family, as a gate does."""
+        operands = [step.scale for step in steps if step.scale is not None]
+        operands += [addend.node for step in steps for addend in step.addends if addend.kind != "value"]
+        return not any(self.computes_from(operand, root) for operand in operands)
+
+    def _attach(
+        self, node: Node, side: tuple[Node, float], other: tuple[Node, float], *, known: bool
+    ) -> Value | str | None:
+        """The value ``node`` with ``side`` on a stream, a known or a new one; else the reason, if there is one."""
+        for base, steps in self._origins(side[0]):
+            if (base in self.values) is not known:
+                continue
+            value = self.values.get(base) or Value(base, None, (), None, 0, 1, 0)
+            link = self._way_to(other[0], value.root) if known else None
+            if link is None and _linear_source(other[0]) is base:
+                return "both operands are one value"
+            computes = link is None and self.computes_from(other[0], value.root)
+            if not (known or computes) or not self.is_independent(steps, value.root):
+                continue
+            inside = self._inside_branch(other[0], value) if computes else set()
+            if value.step is not None and value.step.kind == "link" and not all(v.descends_from(value) for v in inside):
+                return "the other operand computes from values of the stream that lie beside this one"
+            if link is not None:
+                operand = Addend("value", self._along(*link).node, other[1])
+            elif (kind := "branch" if computes else self._kind_of_bias(other[0], value.root)) is not None:
+                operand = Addend(kind, other[0], other[1])
+            else:
+                continue
+            return self._sum_of(node, (value, steps, side[1]), operand, inside)
+        return None
+
+    def _sum_of(
+        self, node: Node, stream: tuple[Value, tuple[Step, ...], float], operand: Addend, inside: set[Value]
+    ) -> Value:
+        base, steps, factor = stream
+        if base.node not in self.values:
+            self.values[base.node], self.families[base] = base, [base]
+        source = self._along(base, steps)
+        value = self._new(Step(node, (Addend("value", source.node, factor), operand)), base.root)
+        if operand.kind == "branch":
+            self.inside[value] = inside
+        return value
+
+    def _along(self, value: Value, steps: Iterable[Step]) -> Value:
+        """The last of the values that lead from ``value`` by ``steps``, which become values of the family."""
+        for step in steps:
+            if step.node not in self.values:
+                self.values[step.node] = self._new(step, value.root)
+                self.families[value.root].append(self.values[step.node])
+            value = self.values[step.node]
+        return value
+
+    def _new(self, step: Step, root: Value) -> Value:
+        number = len(self.families[root])
+        sources = tuple(self.values[addend.node] for addend in step.values)
+        ancestors = functools.reduce(operator.or_, (source.ancestors for source in sources), 1 << number)
+        depth = max(source.depth for source in sources) + bool(step.outputs)
+        return Value(step.node, step, sources, root, depth, ancestors, number)
+
+    def _origins(self, node: Node) -> list[tuple[Node, tuple[Step, ...]]]:
+        """Candidates for the stream value behind ``node``, with the steps in between; nearest first."""
+        steps: tuple[Step, ...] = ()
+        origins = []
+        while True:
+            node = through_transparent(node)
+            origins.append((node, steps))
+            step = self.linear_step(node) if node not in self.values else None
+            if step is None:
+                return origins
+            steps = (step, *steps)
+            node = step.addends[0].node
+
+    def _way_to(self, node: Node, root: Value) -> tuple[Value, tuple[Step, ...]] | None:
+        """The value of the family of ``root`` that ``node`` is but for scales, and these; if it is one."""
+        base, steps = self._origins(node)[-1]
+        value = self.values.get(base)
+        if value is None or value.root is not root or not self.is_independent(steps, root):
+            return None
+        return value, steps
+
+    def _kind_of_bias(self, node: Node, root: Value) -> AddendKind | None:
+        """``"root"`` for what the root itself is a sum of, ``"bias"`` for what computes from no stream at all."""
+        if root not in self._sums_of_root:
+            self._sums_of_root[root] = self._summands(root.node)
+        if self._summands(node) & self._sums_of_root[root]:
+            return "root"
+        # What computes from a stream, this one or another, is no bias but a meeting of two.
+        return None if depends_on(node, self.values.__contains__, 0, self.index) else "bias"
+
+    def _summands(self, node: Node) -> set[Node]:
+        """``node``, and what it is a sum of, scaled or not."""
+        found, pending = set(), [through_transparent(node)]
+        while pending:
+            current = pending.pop()
+            if current in found:
+                continue
+            found.add(current)
+            scale, match = self._scale.match(current), self._sum.match(current)
+            if not isinstance(scale, Rejection):
+                pending.append(through_transparent(scale.source))
+            if not isinstance(match, Rejection):
+                pending += [through_transparent(operand) for operand, _ in match.addends]
+        return found
+
+    def _inside_branch(self, branch: Node, value: Value) -> set[Value]:
+        """The values of the family that ``branch`` computes from and that ``value`` is no function of.
+
+        They belong to the inside of the branch, however long a chain they make.
+        """
+        inside = set()
+
+        def is_ancestor(candidate: Node) -> bool:
+            known = self.values.get(candidate)
+            if known is None or known.root is not value.root:
+                return False
+            if not value.descends_from(known):
+                inside.add(known)
+            return value.descends_from(known)
+
+        depends_on(branch, is_ancestor, self.index[value.root.node], self.index)
+        return inside
+
+
+def _linear_source(node: Node) -> Node:
+    """What ``node`` is by nothing but scales, copies and a stop of gradients."""
+    while True:
+        *_, node = scaled_values(node)
+        if op_name(node) != "detach" or not isinstance(node.args[0], Node):
+            return node
+        node = node.args[0]
