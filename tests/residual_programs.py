@@ -16,7 +16,7 @@ BATCH, LENGTH, WIDTH = 2, 3, 8
 
 # What a user could reasonably write and the analysis does not follow yet. Every name here is that of an option
 # below; taking it out of this list puts it into the programs.
-NOT_YET = ("x - f",)
+NOT_YET: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

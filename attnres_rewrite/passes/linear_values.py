@@ -206,11 +206,34 @@ class LinearValues:
         while True:
             node = through_transparent(node)
             origins.append((node, steps))
-            step = self.linear_step(node) if node not in self.values else None
-            if step is None:
+            found = () if node in self.values else self._steps_to(node)
+            if not found:
                 return origins
-            steps = (step, *steps)
+            steps = (*found, *steps)
+            node = found[0].addends[0].node
+
+    def _steps_to(self, node: Node) -> tuple[Step, ...]:
+        """The step by which ``node`` is a function of one other tensor, or the steps where it is a sum of two of it."""
+        if (step := self.linear_step(node)) is not None:
+            return (step,)
+        match = self._sum.match(node)
+        if isinstance(match, Rejection):
+            return ()
+        (left, left_base), (right, right_base) = (self._scales_to(operand) for operand, _ in match.addends)
+        # x - c * x, which is (1 - c) * x.
+        if left_base is not right_base:
+            return ()
+        summed = (Addend("value", through_transparent(operand), factor) for operand, factor in match.addends)
+        return (*left, *right, Step(node, tuple(summed)))
+
+    def _scales_to(self, node: Node) -> tuple[list[Step], Node]:
+        """The scales that lead to ``node``, and what they begin with."""
+        steps: list[Step] = []
+        node = through_transparent(node)
+        while node not in self.values and (step := self.linear_step(node)) is not None:
+            steps.insert(0, step)
             node = step.addends[0].node
+        return steps, node
 
     def _way_to(self, node: Node, root: Value) -> tuple[Value, tuple[Step, ...]] | None:
         """The value of the family of ``root`` that ``node`` is but for scales, and these; if it is one."""

@@ -28,6 +28,7 @@ _PRODUCTS = {
     "addmm": aten.mm.default,
     "baddbmm": aten.bmm.default,
 }
+_FIRST = [[[0], [0]], [[-1], [0]]]
 _REDUCTIONS = frozenset("sum mean tensordot einsum matmul mv".split())
 
 
@@ -159,10 +160,10 @@ def _weighted_stack(node: Node) -> tuple[Sequence[Node], Node | float] | None:
 
 
 def _is_first(dims: object) -> bool:
-    """Whether a tensordot contracts the first dimensions of its operands: 1, ([0], [0]), or either in a tuple."""
+    """Whether a tensordot of a vector contracts it with the first dimension of the other: 1, or ([0], [0])."""
     if isinstance(dims, (list, tuple)) and len(dims) == 1:
         (dims,) = dims
-    return dims == 1 or (isinstance(dims, (list, tuple)) and [list(each) for each in dims] == [[0], [0]])
+    return dims == 1 or (isinstance(dims, (list, tuple)) and [list(each) for each in dims] in _FIRST)
 
 
 def _einsum(equation: str, operands: Sequence[object]) -> tuple[Sequence[Node], Node | float] | None:

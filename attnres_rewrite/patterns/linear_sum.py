@@ -18,7 +18,7 @@ _ADDS = frozenset(
     | {"add", "add_", "__add__", "__radd__", "__iadd__"}
 )
 _SUBTRACTIONS = frozenset(
-    {operator.sub, operator.isub, torch.sub, torch.subtract, aten.sub.Tensor, aten.sub_.Tensor}
+    {operator.sub, operator.isub, torch.sub, torch.subtract, aten.sub.Tensor, aten.sub_.Tensor, aten.subtract.Tensor}
     | {"sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__"}
 )
 _REVERSED = frozenset({torch.rsub, aten.rsub.Tensor, "__rsub__"})

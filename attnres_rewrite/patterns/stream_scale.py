@@ -17,11 +17,14 @@ from attnres_rewrite.patterns.transparent import through_transparent
 aten = torch.ops.aten
 
 _MULTIPLICATIONS = frozenset(
-    {operator.mul, operator.imul, torch.mul, torch.multiply, aten.mul.Tensor, aten.mul.Scalar}
+    {operator.mul, operator.imul, torch.mul, torch.multiply}
+    | {aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor, aten.multiply.Scalar}
     | {"mul", "multiply", "__mul__", "__rmul__"}
 )
 _DIVISIONS = frozenset(
-    {operator.truediv, torch.div, torch.divide, torch.true_divide, aten.div.Tensor, aten.div.Scalar}
+    {operator.truediv, torch.div, torch.divide, torch.true_divide}
+    | {aten.div.Tensor, aten.div.Scalar, aten.divide.Tensor, aten.divide.Scalar}
+    | {aten.true_divide.Tensor, aten.true_divide.Scalar}
     | {"div", "divide", "true_divide", "__truediv__"}
 )
 _NEGATIONS = frozenset(
