@@ -33,6 +33,9 @@ class Parts:
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: Tensor | float) -> "Parts":
+        return self * (1.0 / divisor)
+
     def __neg__(self) -> "Parts":
         return self * -1.0
 

@@ -96,9 +96,11 @@ class LinearValues:
             self.rejected[node] = "the operands differ in shape: " + " and ".join(str(list(shape)) for shape in shapes)
             return
         reasons = []
-        # A value that is known to be on a stream goes before a new root, whichever operand it is.
-        for known, (side, other) in itertools.product((True, False), (match.addends, match.addends[::-1])):
-            outcome = self._attach(node, side, other, known=known)
+        # A value that is known to be on a stream goes before a new root, whichever operand it is, and a bias goes last.
+        for attach, (side, other) in itertools.product(
+            (self._extend, self._begin, self._add_bias), (match.addends, match.addends[::-1])
+        ):
+            outcome = attach(node, side, other)
             if isinstance(outcome, Value) and overwritten_by(node) is not None:
                 self.shared.append(node)
                 self.rejected[node] = "it overwrites a tensor that something else shares"
@@ -145,31 +147,44 @@ class LinearValues:
         operands += [addend.node for step in steps for addend in step.addends if addend.kind != "value"]
         return not any(self.computes_from(operand, root) for operand in operands)
 
-    def _attach(
-        self, node: Node, side: tuple[Node, float], other: tuple[Node, float], *, known: bool
-    ) -> Value | str | None:
-        """The value ``node`` with ``side`` on a stream, a known or a new one; else the reason, if there is one."""
+    def _extend(self, node: Node, side: tuple[Node, float], other: tuple[Node, float]) -> Value | str | None:
+        """The sum of a known value behind ``side`` and of another one, or of a branch output; else the reason."""
+        base, steps = self._origins(side[0])[-1]
+        value = self.values.get(base)
+        if value is None or not self.is_independent(steps, value.root):
+            return None
+        if (link := self._way_to(other[0], value.root)) is not None:
+            operand = Addend("value", self._along(*link).node, other[1])
+            return self._sum_of(node, (value, steps, side[1]), operand, set())
+        if _linear_source(other[0]) is base:
+            return "both operands are one value"
+        if not self.computes_from(other[0], value.root):
+            return None
+        inside = self._inside_branch(other[0], value)
+        if value.step is not None and value.step.kind == "link" and not all(v.descends_from(value) for v in inside):
+            return "the other operand computes from values of the stream that lie beside this one"
+        return self._sum_of(node, (value, steps, side[1]), Addend("branch", *other), inside)
+
+    def _begin(self, node: Node, side: tuple[Node, float], other: tuple[Node, float]) -> Value | str | None:
+        """The sum of a new root behind ``side``, the nearest, and of what computes from it; else the reason."""
         for base, steps in self._origins(side[0]):
-            if (base in self.values) is not known:
-                continue
-            value = self.values.get(base) or Value(base, None, (), None, 0, 1, 0)
-            link = self._way_to(other[0], value.root) if known else None
-            if link is None and _linear_source(other[0]) is base:
+            if base in self.values:
+                return None
+            if _linear_source(other[0]) is base:
                 return "both operands are one value"
-            computes = link is None and self.computes_from(other[0], value.root)
-            if not (known or computes) or not self.is_independent(steps, value.root):
-                continue
-            inside = self._inside_branch(other[0], value) if computes else set()
-            if value.step is not None and value.step.kind == "link" and not all(v.descends_from(value) for v in inside):
-                return "the other operand computes from values of the stream that lie beside this one"
-            if link is not None:
-                operand = Addend("value", self._along(*link).node, other[1])
-            elif (kind := "branch" if computes else self._kind_of_bias(other[0], value.root)) is not None:
-                operand = Addend(kind, other[0], other[1])
-            else:
-                continue
-            return self._sum_of(node, (value, steps, side[1]), operand, inside)
+            root = Value(base, None, (), None, 0, 1, 0)
+            if self.computes_from(other[0], root) and self.is_independent(steps, root):
+                return self._sum_of(node, (root, steps, side[1]), Addend("branch", *other), set())
         return None
+
+    def _add_bias(self, node: Node, side: tuple[Node, float], other: tuple[Node, float]) -> Value | str | None:
+        """The sum of a known value behind ``side`` and of what does not compute from it."""
+        base, steps = self._origins(side[0])[-1]
+        value = self.values.get(base)
+        if value is None or not self.is_independent(steps, value.root) or self.computes_from(other[0], value.root):
+            return None
+        kind = self._kind_of_bias(other[0], value.root)
+        return None if kind is None else self._sum_of(node, (value, steps, side[1]), Addend(kind, *other), set())
 
     def _sum_of(
         self, node: Node, stream: tuple[Value, tuple[Step, ...], float], operand: Addend, inside: set[Value]

@@ -132,10 +132,9 @@ class Speedrun(nn.Module):
 class SpeedrunMedium(nn.Module):
     """Its medium track: two embeddings mixed in before every layer, skips over a map, a layer without attention."""
 
-    skips = {9: 6, 10: 4, 11: 2}
-
     def __init__(self) -> None:
         super().__init__()
+        self.skips = {9: 6, 10: 4, 11: 2}
         self.embed1, self.embed2 = nn.Embedding(VOCAB, WIDTH), nn.Embedding(VOCAB, WIDTH)
         self.lm_head = nn.Linear(WIDTH, VOCAB, bias=False)
         self.blocks = nn.ModuleList(SpeedrunBlock(2, attention=i != 7) for i in range(16))
