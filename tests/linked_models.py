@@ -9,7 +9,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from models import WIDTH, Feed
+from models import WIDTH, Feed, prepared
 from reference_models import block_attn_res, partition_layers
 from torch import Tensor, nn
 
@@ -93,8 +93,26 @@ class Linked(nn.Module):
         return self.norm(values[-1] if self.end is None else self.end(self, LAYERS, values))
 
 
+def linked(name: str, dtype: torch.dtype = torch.float32) -> Linked:
+    """The model with the links of that name, always with the same weights."""
+    torch.manual_seed(0)
+    model = Linked(*LINKS[name])
+    kept = {n: p.detach().clone() for n, p in model.named_parameters() if "." not in n}
+    prepared(model, dtype)
+    with torch.no_grad():
+        for n, value in kept.items():
+            model.get_parameter(n).copy_(value)
+    return model
+
+
 def reference(
-    model: Linked, x: Tensor, queries: Sequence[Tensor], gains: Sequence[Tensor], blocks: int, trace: list[int]
+    model: Linked,
+    x: Tensor,
+    queries: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    blocks: int,
+    trace: list[int],
+    attend: Callable[[Sequence[Tensor], Tensor, Tensor], Tensor] = block_attn_res,
 ) -> Tensor:
     """The rewritten model by the algebra of parts; ``trace`` receives the number of sources of every site."""
     block_of = [n for n, size in enumerate(partition_layers(LAYERS, blocks), start=1) for _ in range(size)]
@@ -105,7 +123,7 @@ def reference(
         if len(sources) == 1:
             return sources[0]
         trace.append(len(sources))
-        return block_attn_res(sources, *next(sites))
+        return attend(sources, *next(sites))
 
     values = [Parts({0: model.embed(x)})]
     for i, layer in enumerate(model.layers):

@@ -4,24 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from linked_models import LINKS, SOURCES, Linked, reference
-from models import embeddings, prepared, randomise_sites, relative_error, site_parameters
+from linked_models import LINKS, SOURCES, Linked, linked, reference
+from models import embeddings, randomise_sites, relative_error, site_parameters
 
 import attnres_rewrite as ar
 
 X = embeddings()
 TOLERANCE = 1e-5  # float32
-
-
-def linked(name: str, dtype: torch.dtype = torch.float32) -> Linked:
-    torch.manual_seed(0)
-    model = Linked(*LINKS[name])
-    kept = {n: p.detach().clone() for n, p in model.named_parameters() if "." not in n}
-    prepared(model, dtype)
-    with torch.no_grad():
-        for n, value in kept.items():
-            model.get_parameter(n).copy_(value)
-    return model
 
 
 def live(model: Linked, config: ar.AttnResConfig) -> Callable:

@@ -22,7 +22,7 @@ from attnres_rewrite.graph import (
 from attnres_rewrite.patterns import LinearSum, StreamScale, through_transparent
 from attnres_rewrite.patterns.base import Rejection
 from attnres_rewrite.patterns.stream_scale import scaled_values
-from attnres_rewrite.streams import Addend, AddendKind, Step
+from attnres_rewrite.streams import Addend, Step
 
 
 @dataclasses.dataclass(eq=False)
@@ -148,7 +148,7 @@ class LinearValues:
         return not any(self.computes_from(operand, root) for operand in operands)
 
     def _extend(self, node: Node, side: tuple[Node, float], other: tuple[Node, float]) -> Value | str | None:
-        """The sum of a known value behind ``side`` and of another one, or of a branch output; else the reason."""
+        """The sum of a known value behind ``side`` and of another one, a branch output, or what the root is made of."""
         base, steps = self._origins(side[0])[-1]
         value = self.values.get(base)
         if value is None or not self.is_independent(steps, value.root):
@@ -159,7 +159,8 @@ class LinearValues:
         if _linear_source(other[0]) is base:
             return "both operands are one value"
         if not self.computes_from(other[0], value.root):
-            return None
+            is_in_root = self._is_in_root(other[0], value.root)
+            return self._sum_of(node, (value, steps, side[1]), Addend("root", *other), set()) if is_in_root else None
         inside = self._inside_branch(other[0], value)
         if value.step is not None and value.step.kind == "link" and not all(v.descends_from(value) for v in inside):
             return "the other operand computes from values of the stream that lie beside this one"
@@ -178,13 +179,15 @@ class LinearValues:
         return None
 
     def _add_bias(self, node: Node, side: tuple[Node, float], other: tuple[Node, float]) -> Value | str | None:
-        """The sum of a known value behind ``side`` and of what does not compute from it."""
+        """The sum of a known value behind ``side`` and of what computes from no stream at all."""
         base, steps = self._origins(side[0])[-1]
         value = self.values.get(base)
-        if value is None or not self.is_independent(steps, value.root) or self.computes_from(other[0], value.root):
+        if value is None or not self.is_independent(steps, value.root):
             return None
-        kind = self._kind_of_bias(other[0], value.root)
-        return None if kind is None else self._sum_of(node, (value, steps, side[1]), Addend(kind, *other), set())
+        # What computes from a stream, this one or another, is no bias but a meeting of two.
+        if depends_on(other[0], self.values.__contains__, 0, self.index):
+            return None
+        return self._sum_of(node, (value, steps, side[1]), Addend("bias", *other), set())
 
     def _sum_of(
         self, node: Node, stream: tuple[Value, tuple[Step, ...], float], operand: Addend, inside: set[Value]
@@ -258,14 +261,11 @@ class LinearValues:
             return None
         return value, steps
 
-    def _kind_of_bias(self, node: Node, root: Value) -> AddendKind | None:
-        """``"root"`` for what the root itself is a sum of, ``"bias"`` for what computes from no stream at all."""
+    def _is_in_root(self, node: Node, root: Value) -> bool:
+        """Whether ``node`` is a sum of what the root is a sum of, as an embedding is that is mixed back in."""
         if root not in self._sums_of_root:
             self._sums_of_root[root] = self._summands(root.node)
-        if self._summands(node) & self._sums_of_root[root]:
-            return "root"
-        # What computes from a stream, this one or another, is no bias but a meeting of two.
-        return None if depends_on(node, self.values.__contains__, 0, self.index) else "bias"
+        return not self._summands(node).isdisjoint(self._sums_of_root[root])
 
     def _summands(self, node: Node) -> set[Node]:
         """``node``, and what it is a sum of, scaled or not."""
