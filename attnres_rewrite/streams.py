@@ -171,6 +171,9 @@ class StreamPlan:
         """The parts of every stream value that are not empty: 0 for the root's, n for that of block n, from 1."""
         parts = {self.stream.root: frozenset({0})}
         for step in self.stream.steps:
+            # A branch output is linked on as the one part that it is.
+            for output in step.outputs:
+                parts.setdefault(output.node, frozenset({self.part_of(step, output)}))
             parts[step.node] = frozenset().union(
                 *(
                     parts[addend.node] if addend.kind == "value" else {self.part_of(step, addend)}

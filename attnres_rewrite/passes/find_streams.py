@@ -174,6 +174,8 @@ class _Search:
         place, adds = {root: (0, self.index[root])}, 0
         for step in steps:
             adds += bool(step.outputs)
+            for output in step.outputs:
+                place.setdefault(output.node, (adds, self.index[output.node]))
             newest = adds if step.outputs else max(place[addend.node][0] for addend in step.values)
             place[step.node] = (newest, self.index[step.node])
         deep = [step for step in steps if place[step.node][0]]

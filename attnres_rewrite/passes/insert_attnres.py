@@ -104,8 +104,10 @@ class _Writer:
             if addend.kind == "value":
                 new = {n: self.arithmetic.scaled(part, addend.factor) for n, part in self.parts[addend.node].items()}
             else:
-                term = self._term(addend.node, step)
-                new = {self.plan.part_of(step, addend): self.arithmetic.scaled(term, addend.factor)}
+                new = {self.plan.part_of(step, addend): self._term(addend.node, step)}
+                if addend.kind == "branch":
+                    self.parts.setdefault(addend.node, new)
+                new = {n: self.arithmetic.scaled(term, addend.factor) for n, term in new.items()}
             for n, part in new.items():
                 summed[n] = self.arithmetic.total(summed[n], part, like=step.node) if n in summed else part
         if step.scale is not None:

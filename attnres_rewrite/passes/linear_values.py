@@ -83,6 +83,8 @@ class LinearValues:
         self.inside: dict[Value, set[Value]] = {}
         self._sum, self._scale = LinearSum(), StreamScale()
         self._sums_of_root: dict[Value, set[Node]] = {}
+        # Branch outputs that were added, by the root of the family and by what they are without casts and views.
+        self._outputs: dict[tuple[Value, Node], Value] = {}
 
     def consider(self, node: Node) -> None:
         """Extend or begin a family with the sum ``node``, or note why not."""
@@ -104,10 +106,8 @@ class LinearValues:
             if isinstance(outcome, Value) and overwritten_by(node) is not None:
                 self.shared.append(node)
                 self.rejected[node] = "it overwrites a tensor that something else shares"
-                return
+                self.inside.pop(self.values.pop(node), None)
             if isinstance(outcome, Value):
-                self.values[node] = outcome
-                self.families[outcome.root].append(outcome)
                 return
             reasons.append(outcome)
         self.rejected[node] = next(
@@ -199,23 +199,30 @@ class LinearValues:
         value = self._new(Step(node, (Addend("value", source.node, factor), operand)), base.root)
         if operand.kind == "branch":
             self.inside[value] = inside
+            # From now on it is a term of the stream, which may be linked on as a value is.
+            family = self.families[base.root]
+            output = Value(operand.node, None, (), base.root, 0, 1 << len(family), len(family))
+            family.append(output)
+            self._outputs.setdefault((base.root, through_transparent(operand.node)), output)
         return value
 
     def _along(self, value: Value, steps: Iterable[Step]) -> Value:
         """The last of the values that lead from ``value`` by ``steps``, which become values of the family."""
         for step in steps:
-            if step.node not in self.values:
-                self.values[step.node] = self._new(step, value.root)
-                self.families[value.root].append(self.values[step.node])
-            value = self.values[step.node]
+            value = self.values[step.node] if step.node in self.values else self._new(step, value.root)
         return value
 
     def _new(self, step: Step, root: Value) -> Value:
         number = len(self.families[root])
-        sources = tuple(self.values[addend.node] for addend in step.values)
+        sources = tuple(self._source(addend.node, root) for addend in step.values)
         ancestors = functools.reduce(operator.or_, (source.ancestors for source in sources), 1 << number)
         depth = max(source.depth for source in sources) + bool(step.outputs)
-        return Value(step.node, step, sources, root, depth, ancestors, number)
+        value = self.values[step.node] = Value(step.node, step, sources, root, depth, ancestors, number)
+        self.families[root].append(value)
+        return value
+
+    def _source(self, node: Node, root: Value) -> Value:
+        return self.values.get(node) or self._outputs[root, through_transparent(node)]
 
     def _origins(self, node: Node) -> list[tuple[Node, tuple[Step, ...]]]:
         """Candidates for the stream value behind ``node``, with the steps in between; nearest first."""
@@ -254,12 +261,19 @@ class LinearValues:
         return steps, node
 
     def _way_to(self, node: Node, root: Value) -> tuple[Value, tuple[Step, ...]] | None:
-        """The value of the family of ``root`` that ``node`` is but for scales, and these; if it is one."""
-        base, steps = self._origins(node)[-1]
-        value = self.values.get(base)
-        if value is None or value.root is not root or not self.is_independent(steps, root):
-            return None
-        return value, steps
+        """What ``node`` is but for scales, and these, if it is a value or a branch output of the family of ``root``."""
+        for base, steps in self._origins(node):
+            known = self.values.get(base)
+            value = self._outputs.get((root, base)) if known is None or known.root is not root else known
+            if value is None or not self.is_independent(steps, root):
+                continue
+            if steps and value.node is not base:
+                # A branch output is known by the cast or view of it that was added.
+                first, *rest = steps
+                scaled = (Addend("value", value.node, first.addends[0].factor), *first.addends[1:])
+                steps = (dataclasses.replace(first, addends=scaled), *rest)
+            return value, steps
+        return None
 
     def _is_in_root(self, node: Node, root: Value) -> bool:
         """Whether ``node`` is a sum of what the root is a sum of, as an embedding is that is mixed back in."""
