@@ -225,7 +225,7 @@ class Interrupted(Encoder):
         self.gate = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
+        x = start = self.embed(x)
         for i, layer in enumerate(self.layers):
             x = layer(x)
             if i == 1:
@@ -233,10 +233,25 @@ class Interrupted(Encoder):
                     x = x * torch.sigmoid(self.gate(x))
                 elif self.kind == "norm":
                     x = nn.functional.layer_norm(x, (WIDTH,))
+                elif self.kind == "maximum":
+                    x = torch.maximum(x, start)
+                elif self.kind == "gated link":
+                    x = torch.sigmoid(self.gate(x)) * x + start
+                elif self.kind == "gated lerp":
+                    x = torch.lerp(x, start, torch.sigmoid(self.gate(x)))
         return self.norm(x)
 
 
-@pytest.mark.parametrize(("kind", "reason"), [("gate", "changed between its adds"), ("norm", "post-norm")])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("gate", "changed between its adds"),
+        ("norm", "post-norm"),
+        ("maximum", r"changed between its adds.*torch.maximum\(x, start\)"),
+        ("gated link", r"changed between its adds.*torch.sigmoid\(self.gate\(x\)\) \* x \+ start"),
+        ("gated lerp", r"gated stream.*torch.lerp\(x, start"),
+    ],
+)
 def test_a_stream_that_is_interrupted_is_refused(kind: str, reason: str) -> None:
     with pytest.raises(ar.UnsupportedResidualError, match=reason):
         ar.rewrite(Interrupted(kind), config=SUM, example_inputs=embeddings(), backend="eager")

@@ -21,7 +21,7 @@ from attnres_rewrite.graph import (
 )
 from attnres_rewrite.patterns import LinearSum, StreamScale, through_transparent
 from attnres_rewrite.patterns.base import Rejection
-from attnres_rewrite.patterns.stream_scale import scaled_values
+from attnres_rewrite.patterns.stream_scale import is_product, scaled_values
 from attnres_rewrite.streams import Addend, Step
 
 
@@ -161,6 +161,9 @@ class LinearValues:
         if not self.computes_from(other[0], value.root):
             is_in_root = self._is_in_root(other[0], value.root)
             return self._sum_of(node, (value, steps, side[1]), Addend("root", *other), set()) if is_in_root else None
+        if self._is_gated(other[0], value):
+            # No branch output: what was the stream so far would be lost inside it.
+            return "the other operand is a later value of the stream, gated"
         inside = self._inside_branch(other[0], value)
         if value.step is not None and value.step.kind == "link" and not all(v.descends_from(value) for v in inside):
             return "the other operand computes from values of the stream that lie beside this one"
@@ -274,6 +277,19 @@ class LinearValues:
                 steps = (dataclasses.replace(first, addends=scaled), *rest)
             return value, steps
         return None
+
+    def _is_gated(self, node: Node, value: Value) -> bool:
+        """Whether ``node`` is a product with a value of the family of ``value`` that this is no function of."""
+        pending = [node]
+        while pending:
+            factor = through_transparent(pending.pop())
+            known = self.values.get(factor)
+            if known is not None and known.root is value.root:
+                if not value.descends_from(known):
+                    return True
+            elif is_product(factor):
+                pending += [operand for operand in factor.args if isinstance(operand, Node)]
+        return False
 
     def _is_in_root(self, node: Node, root: Value) -> bool:
         """Whether ``node`` is a sum of what the root is a sum of, as an embedding is that is mixed back in."""

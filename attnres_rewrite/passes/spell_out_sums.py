@@ -39,7 +39,7 @@ class SpellOutSums(Pass):
 
         addcmul(x, a, b)        ► x + a * b             stack([x, f]).sum(0)           ► x + f
         addmm(x, a, b)          ► x + a @ b             tensordot(w, stack([x, y]), 1) ► w[0] * x + w[1] * y
-        lerp(x, y, w)           ► x + w * (y - x)       (w * stack([x, y])).sum(0)     ► w[0] * x + w[1] * y
+        lerp(x, y, w)           ► (1 - w) * x + w * y   (w * stack([x, y])).sum(0)     ► w[0] * x + w[1] * y
 
     So the search for streams has sums and scales alone to follow. A bias that is broadcast, as a linear layer has it,
     is left as it is, and so are weights that compute from what they weigh: an attention is no sum.
@@ -105,9 +105,10 @@ class _Writer:
         x, y, weight = (given.get(key) for key in ("input", "end", "weight"))
         if not (is_float_tensor(x) and is_float_tensor(y) and tensor_of(weight) is not None):
             return None
-        assert isinstance(x, Node)
-        difference = self.build.call(aten.sub.Tensor, y, x, like=node)
-        return self._sum(node, [(x, 1), (self.build.call(aten.mul.Tensor, difference, weight, like=node), 1)])
+        # Each by its own factor, so that one which computes from the stream is met as the gate that it is.
+        rest = self.build.call(aten.rsub.Scalar, weight, 1, like=node)
+        kept, taken = (self.build.call(aten.mul.Tensor, n, w, like=node) for n, w in ((x, rest), (y, weight)))
+        return self._sum(node, [(kept, 1), (taken, 1)])
 
     def _weighted_sum(self, node: Node, stacked: Sequence[Node], weights: Node | float) -> Node | None:
         if not all(same_shape(require_tensor(n), require_tensor(node)) for n in stacked):

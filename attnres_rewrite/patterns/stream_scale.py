@@ -84,6 +84,11 @@ def _scaled_by(source: Node, factor: Node | float, divides: bool) -> ScaleMatch:
     return ScaleMatch(source, 1.0 / factor if divides else float(factor))
 
 
+def is_product(node: Node) -> bool:
+    """Whether ``node`` multiplies or divides, in whatever spelling."""
+    return node.op in ("call_function", "call_method") and node.target in _MULTIPLICATIONS | _DIVISIONS
+
+
 def scaled_values(node: Node) -> Iterator[Node]:
     """``node`` without transparent operations, and what it is without one scale after another."""
     yield (node := through_transparent(node))
