@@ -232,3 +232,25 @@ def test_a_branch_output_that_is_added_again_stays_in_its_block(cast: bool) -> N
     f4 = model.feeds[3](block_attn_res([root, f1 + f2, f3], queries[2], gains[2]))
     last = block_attn_res([root, f1 + f2 + model.c * f1, f3 + f4], queries[3], gains[3])
     assert relative_error(rewritten(x), last.tanh()) < TOLERANCE
+
+
+class OwnNorm(nn.Module):
+    """A norm by hand, which is a product with the stream, and a residual chain on it in the branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        for linear in self.inner:
+            n = n + linear(n)
+        return n
+
+
+def test_a_norm_by_hand_is_no_scale() -> None:
+    """Or the stream would be taken for what the root of the inner chain is a sum of."""
+    model = Scaled()
+    model.feeds = nn.ModuleList(OwnNorm() for _ in range(8))
+    (stream,) = ar.explain(torch.fx.symbolic_trace(model), 2, example_inputs=X).streams
+    assert (stream.branches, len(stream.layers)) == (8, 8)

@@ -19,7 +19,7 @@ from attnres_rewrite.graph import (
     require_tensor,
     same_shape,
 )
-from attnres_rewrite.patterns import LinearSum, StreamScale, through_transparent
+from attnres_rewrite.patterns import LinearSum, ScaleMatch, StreamScale, through_transparent
 from attnres_rewrite.patterns.base import Rejection
 from attnres_rewrite.patterns.stream_scale import is_product, scaled_values
 from attnres_rewrite.streams import Addend, Step
@@ -306,11 +306,18 @@ class LinearValues:
                 continue
             found.add(current)
             scale, match = self._scale.match(current), self._sum.match(current)
-            if not isinstance(scale, Rejection):
+            if not isinstance(scale, Rejection) and not self._is_own_gate(scale):
                 pending.append(through_transparent(scale.source))
             if not isinstance(match, Rejection):
                 pending += [through_transparent(operand) for operand, _ in match.addends]
         return found
+
+    def _is_own_gate(self, scale: ScaleMatch) -> bool:
+        """Whether the factor computes from what it multiplies, as in a norm."""
+        source, factor = through_transparent(scale.source), scale.factor
+        if not isinstance(factor, Node) or self.index[factor] < self.index[source]:
+            return False
+        return depends_on(factor, lambda node: node is source, self.index[source], self.index)
 
     def _inside_branch(self, branch: Node, value: Value) -> set[Value]:
         """The values of the family that ``branch`` computes from and that ``value`` is no function of.
