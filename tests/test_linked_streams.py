@@ -262,3 +262,27 @@ def test_a_norm_by_hand_is_no_scale() -> None:
     model.feeds = nn.ModuleList(OwnNorm() for _ in range(8))
     (stream,) = ar.explain(torch.fx.symbolic_trace(model), 2, example_inputs=X).streams
     assert (stream.branches, len(stream.layers)) == (8, 8)
+
+
+class Filled(nn.Module):
+    """A row of the embedding is overwritten before the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.feeds = nn.Linear(32, 32), nn.ModuleList(Feed() for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = 2.0 * self.embed(x)
+        x[:, 0] = 1.0
+        for feed in self.feeds:
+            x = x + feed(x)
+        return x
+
+
+@torch.no_grad()
+def test_an_embedding_may_be_filled_in_before_the_stream_begins() -> None:
+    model = Filled().double()
+    expected = model(X.double())
+    config = ar.AttnResConfig(blocks=2, aggregation="sum")
+    ar.rewrite(model, config=config, example_inputs=X.double(), backend="eager")
+    assert relative_error(model(X.double()), expected) < 1e-12

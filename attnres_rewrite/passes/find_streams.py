@@ -257,6 +257,9 @@ class _Search:
                 if addend.kind != "value":
                     kept.append((addend.node, end, forever))
                     continue
+                if addend.node is stream.root:
+                    # What is filled in before the first step belongs to the root.
+                    continue
                 sides = (n for n in step.node.all_input_nodes if through_transparent(n) is addend.node)
                 kept += [(node, index[addend.node], end) for node in {addend.node, *sides}]
         own = {step.node for step in stream.steps}
