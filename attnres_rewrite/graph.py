@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import operator
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,15 +26,6 @@ SHAPE_ONLY = frozenset(
         "new_empty new_full size sym_size dim numel sym_numel stride sym_stride _assert_tensor_metadata"
     ).split()
 )
-# Operators whose result may share memory with their first argument: views, and those that can return it as it is.
-ALIASING = frozenset(
-    (
-        "view reshape view_as reshape_as alias squeeze unsqueeze flatten unflatten getitem select slice transpose "
-        "permute t mT T swapaxes movedim chunk split unbind expand expand_as narrow detach as_strided diagonal real "
-        "contiguous to float double half bfloat16 type_as dropout identity"
-    ).split()
-)
-_IN_PLACE_OPERATORS = frozenset("iadd isub imul itruediv ifloordiv imod ipow iand ior ixor".split())
 # Operators that take the shape or dtype of their second argument, and the data of the first alone.
 _LIKE_ANOTHER = frozenset("expand_as view_as reshape_as type_as to".split())
 
@@ -128,43 +118,6 @@ def depends_on(node: Node, is_value: Callable[[Node], bool], earliest: int, inde
                 seen.add(source)
                 heapq.heappush(pending, (-index[source], source))
     return False
-
-
-def overwritten_by(node: Node) -> Node | None:
-    """The node whose tensor ``node`` changes in place, if it does so."""
-    first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
-    target, name = node.target, op_name(node)
-    if isinstance(target, torch._ops.OpOverload):
-        for argument, value in zip(target._schema.arguments, node.args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node):
-                return value
-        return None
-    if node.op == "call_method":
-        return first if name.startswith("__i") or (name.endswith("_") and not name.endswith("__")) else None
-    if node.op != "call_function":
-        return None
-    if getattr(operator, name, None) is target:
-        return first if name == "setitem" or name in _IN_PLACE_OPERATORS else None
-    return first if node.kwargs.get("inplace") or name.endswith("_") else None
-
-
-def memory_base(node: Node) -> Node:
-    """The node whose memory ``node`` may be a view of."""
-    while op_name(node) in ALIASING and node.args and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
-
-
-def aliases_of(node: Node) -> set[Node]:
-    """The nodes that may be views of the same memory as ``node``, itself among them."""
-    base = memory_base(node)
-    found, pending = {base}, [base]
-    while pending:
-        for user in pending.pop().users:
-            if op_name(user) in ALIASING and user not in found and user.args and user.args[0] in found:
-                found.add(user)
-                pending.append(user)
-    return found
 
 
 def submodule_of(node: Node) -> torch.nn.Module | None:

@@ -13,7 +13,6 @@ from torch.fx import GraphModule, Node
 from attnres_rewrite.errors import AttnResError, NoResidualStreamError, UnsupportedResidualError
 from attnres_rewrite.graph import (
     SHAPE_ONLY,
-    aliases_of,
     carries_data,
     depends_on,
     indices,
@@ -21,12 +20,12 @@ from attnres_rewrite.graph import (
     module_path,
     module_stack,
     op_name,
-    overwritten_by,
     require_tensor,
     same_shape,
     sequential_paths,
     source_line,
 )
+from attnres_rewrite.memory import aliases_of, overwritten_by
 from attnres_rewrite.passes.base import Pass, PostconditionError
 from attnres_rewrite.patterns import ResidualAdd, StreamBias, StreamScale, Transparent, through_transparent
 from attnres_rewrite.patterns.base import Rejection

@@ -8,16 +8,8 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
-from attnres_rewrite.graph import (
-    ALIASING,
-    GraphBuilder,
-    indices,
-    is_float_tensor,
-    memory_base,
-    op_name,
-    require_tensor,
-    same_shape,
-)
+from attnres_rewrite.graph import GraphBuilder, indices, is_float_tensor, op_name, require_tensor, same_shape
+from attnres_rewrite.memory import ALIASING, memory_base
 from attnres_rewrite.passes.base import Pass, PostconditionError
 
 _OUT_OF_PLACE: dict[object, object] = {
