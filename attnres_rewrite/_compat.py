@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
+import itertools
 import logging
 import types
 import warnings
@@ -36,6 +38,69 @@ def register_inductor_decomposition(op: torch._ops.OpOverload, decomposition: Ca
 def is_checkpoint(node: torch.fx.Node) -> bool:
     """Whether ``node`` is the higher-order operator that activation checkpointing is captured as."""
     return node.op == "call_function" and node.target is torch.ops.higher_order.tag_activation_checkpoint
+
+
+def is_region(node: torch.fx.Node) -> bool:
+    """Whether ``node`` is an operator that runs the graph in one of its arguments, as a checkpoint or in a mode.
+
+    ``torch.export`` makes such operators of the parts of a program that run without gradients or under autocast.
+    """
+    modes = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
+    return is_checkpoint(node) or (node.op == "call_function" and node.target in modes)
+
+
+def enter_mode(region: torch.fx.Node) -> Callable[[], object]:
+    """Write, at the graph's insertion point, what sets the mode of ``region``; returns what writes its end."""
+    graph = region.graph
+    if region.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+        enabled = region.args[0]
+        set_grad_enabled(graph, bool(enabled), like=region)
+        return lambda: set_grad_enabled(graph, not enabled, like=region)
+    if region.target is torch.ops.higher_order.wrap_with_autocast:
+        settings = tuple(itertools.takewhile(lambda argument: not isinstance(argument, torch.fx.Node), region.args))
+        enter = _mode_node(graph, torch.amp.autocast_mode._enter_autocast, settings, region)
+        return functools.partial(_mode_node, graph, torch.amp.autocast_mode._exit_autocast, (enter,), region)
+    return lambda: None
+
+
+def set_grad_enabled(graph: torch.fx.Graph, enabled: bool, *, like: torch.fx.Node) -> None:
+    """Write, at the insertion point of ``graph``, that what comes after it records gradients, or that it does not."""
+    _mode_node(graph, torch._C._set_grad_enabled, (enabled,), like)
+
+
+def sets_grad_enabled(node: torch.fx.Node) -> bool | None:
+    """Whether gradients are recorded after ``node``; ``None`` if it does not set that."""
+    return bool(node.args[0]) if node.target is torch._C._set_grad_enabled else None
+
+
+def _mode_node(graph: torch.fx.Graph, target: Any, arguments: tuple[Any, ...], like: torch.fx.Node) -> torch.fx.Node:
+    node = graph.call_function(target, arguments)
+    for key in ("nn_module_stack", "stack_trace"):
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+    if "val" in like.meta:
+        # An exported program wants every node to have one.
+        node.meta["val"] = None
+    return node
+
+
+def outline_modes(
+    module: torch.fx.GraphModule, signature: torch.export.ExportGraphSignature
+) -> tuple[torch.fx.GraphModule, torch.export.ExportGraphSignature]:
+    """Make regions again of the parts of an exported graph that run in a mode, as ``torch.export`` itself does.
+
+    Only so can the program be saved.
+    """
+    from torch._export.passes.replace_autocast_with_hop_pass import replace_autocast_with_hop_pass
+    from torch._export.passes.replace_set_grad_with_hop_pass import replace_set_grad_with_hop_pass
+
+    first = next((mode for n in module.graph.nodes if (mode := sets_grad_enabled(n)) is not None), False)
+    # A part in the mode that is in force around a call becomes no region.
+    with torch.set_grad_enabled(not first):
+        module, new = replace_set_grad_with_hop_pass(module, signature)
+    module, new = replace_autocast_with_hop_pass(module, new)
+    assert new is not None
+    return module, new
 
 
 def recompute_tags(region_id: int) -> dict[str, Any]:
@@ -223,6 +288,14 @@ def fake_mode() -> FakeTensorMode:
 def tensors_in(tree: Any) -> list[torch.Tensor]:
     """The tensors in a nest of containers, in order."""
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def storage_of(tensor: torch.Tensor) -> int | None:
+    """What tells the storage of a tensor from others; ``None`` where it has none of its own, as a sparse one."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:

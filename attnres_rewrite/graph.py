@@ -19,6 +19,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
+# A mark on nodes whose operator worked in place when it was traced, and gives a tensor of its own now.
+FRESH = "attnres_fresh"
+
 # Operators whose result depends on the shape, dtype and device of the argument, not on its data.
 SHAPE_ONLY = frozenset(
     (
@@ -188,7 +191,7 @@ def source_line(node: Node) -> str:
 def copy_meta(source: Node, target: Node) -> Node:
     """Give the new node ``target`` the provenance of ``source``: its module, source line and the like."""
     for key, field in source.meta.items():
-        if key not in ("val", "example_value", "tensor_meta", "unbacked_bindings"):
+        if key not in ("val", "example_value", "tensor_meta", "unbacked_bindings", FRESH):
             target.meta.setdefault(key, field)
     return target
 

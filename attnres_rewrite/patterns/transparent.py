@@ -62,7 +62,8 @@ def _copied_or_viewed(node: Node) -> Node | None:
 def _unchanged(node: Node) -> Node | None:
     """What an operation that does nothing here is applied to: zero added, a dropout that drops nothing."""
     module = submodule_of(node)
-    if isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and not (module.training and module.p)):
+    # A graph that calls modules may be trained later: a dropout that is off for now is not nothing.
+    if isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and not module.p):
         return node.args[0] if isinstance(node.args[0], Node) else None
     if is_add(node) and len(node.args) == 2 and not node.kwargs and 0 in node.args:
         return next((operand for operand in node.args if isinstance(operand, Node)), None)
