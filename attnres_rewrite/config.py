@@ -29,6 +29,8 @@ class AttnResConfig:
             block share one pass over the complete blocks, the paper's section 4; equal up to rounding), or ``"auto"``:
             in two phases where Inductor compiles a graph for more than a few tokens, read by read elsewhere.
         streams: Names of the owner modules whose streams are rewritten; ``None`` means all.
+        leftovers: What becomes of sublayers that are on no stream and in no branch of one: ``"refuse"`` (the model) or
+            ``"plain"`` (they keep their plain residuals, and what there are streams of is rewritten).
 
     Raises:
         BlockPartitionError: ``blocks`` or ``layers_per_block`` is not a positive integer.
@@ -43,6 +45,7 @@ class AttnResConfig:
     key_gain: bool = True
     schedule: Literal["auto", "per_read", "two_phase"] = "auto"
     streams: tuple[str, ...] | None = None
+    leftovers: Literal["refuse", "plain"] = "refuse"
 
     def __post_init__(self) -> None:
         each = self.blocks.values() if isinstance(self.blocks, Mapping) else [self.blocks]
@@ -51,7 +54,12 @@ class AttnResConfig:
                 _check_count("blocks", blocks)
         if self.layers_per_block is not None:
             _check_count("layers_per_block", self.layers_per_block)
-        for name, allowed in (("aggregation", ("mean", "sum")), ("schedule", ("auto", "per_read", "two_phase"))):
+        choices = {
+            "aggregation": ("mean", "sum"),
+            "schedule": ("auto", "per_read", "two_phase"),
+            "leftovers": ("refuse", "plain"),
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
         if not self.eps >= 0:

@@ -22,7 +22,7 @@ from attnres_rewrite.backend import AttnResBackend
 from attnres_rewrite.capture import Call, ExampleInputs, example_call, without_traces
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import AttnResError, ExampleInputsError, MissingPackageError
-from attnres_rewrite.exported import rewrite_exported
+from attnres_rewrite.exported import flattened, rewrite_exported
 from attnres_rewrite.live import run_through
 from attnres_rewrite.onnx import function, huggingface
 from attnres_rewrite.onnx.comparison import compare
@@ -190,7 +190,8 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
 
 def _require_rewritten(model: object) -> None:
     if isinstance(model, ExportedProgram | GraphModule):
-        if not function.is_rewritten(model):
+        whole = flattened(model) if isinstance(model, ExportedProgram) else model
+        if not function.is_rewritten(whole):
             kind = type(model).__name__ if isinstance(model, ExportedProgram) else "GraphModule"
             raise AttnResError(f"export_onnx: this {kind} was not rewritten; call rewrite() on it first")
         return
@@ -224,7 +225,7 @@ def _converted(
                     return huggingface.export(
                         model,
                         keywords,
-                        lambda program: rewrite_exported(program, config, blocks),
+                        lambda program: flattened(rewrite_exported(program, config, blocks)),
                         use_cache=use_cache,
                         dynamic_shapes=dynamic_shapes,
                         opset_version=opset_version,
@@ -238,6 +239,7 @@ def _converted(
             f"{option} is for Hugging Face models that are given by themselves, and needs a transformers with "
             f"transformers.exporters (5.17 or newer); this is a {type(model).__name__}"
         )
+    program = flattened(program)
     return Conversion(program, convert(program, opset_version), call, list(given_shapes(program)), reference)
 
 
