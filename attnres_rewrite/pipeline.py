@@ -34,11 +34,6 @@ from attnres_rewrite.streams import Rejected, ResidualStream, StreamPlan, reject
 # How many lines an error gives to what was seen.
 _SHOWN = 12
 
-LEFT_OVER = (
-    "a sublayer would stay plain: it is on no residual stream that was found, and in no branch of one. To rewrite the "
-    'streams that were found and accept the rest as plain, set AttnResConfig(leftovers="plain")'
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
@@ -103,7 +98,7 @@ def _refusals(module: GraphModule, analysis: StreamAnalysis, config: AttnResConf
     found = [*RefuseDepthAttention()(module, extents), *analysis.refusals]
     if config.leftovers == "refuse":
         left: tuple[Leftover, ...] = AccountForSublayers()(module, extents, analysis.rejected)
-        found += [Refusal(one.module, UnsupportedResidualError(f"{LEFT_OVER} ({one.where})")) for one in left]
+        found += [Refusal(one.module, one.error) for one in left]
     return found
 
 

@@ -113,6 +113,35 @@ def test_one_word_accepts_the_rest_as_plain(kind: type[nn.Module], form: str) ->
     assert relative_error(rewritten(x), expected) < 1e-12
 
 
+class DeepSkips(Skips):
+    """The same with layers of two sublayers, each of which then looks like a stream by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, kept = self.embed(x), []
+        for i, layer in enumerate(self.layers):
+            x = layer(self.skips[i - 4](torch.cat([x, kept.pop()], -1)) if i >= 4 else x)
+            kept += [x] if i < 4 else []
+        return self.norm(x)
+
+
+def test_a_layer_with_a_stream_of_its_own_is_refused() -> None:
+    model = prepared(DeepSkips())
+    expected = model(X)
+    with pytest.raises(ar.UnsupportedResidualError, match="a layer would be cut off from those beside it") as raised:
+        ar.rewrite(model, 2, example_inputs=X, backend="eager")
+    message = str(raised.value)
+    assert "module 'layers.4' has a stream of its own, apart from that of 'layers.0'" in message
+    assert "self.skips[i - 4](torch.cat([x, kept.pop()], -1))" in message
+    config = ar.AttnResConfig(blocks=2, aggregation="sum", leftovers="plain", streams=("",))
+    ar.rewrite(model, config=config, example_inputs=X, backend="eager")
+    assert len(site_parameters(model)[0]) == 8
+    assert relative_error(model(X), expected) < 1e-5
+
+
 def test_streams_by_name_leave_other_modules_alone() -> None:
     with pytest.raises(ar.UnsupportedResidualError, match=r"name them: AttnResConfig\(streams=\('text',\)\)"):
         ar.rewrite(SingleLayer(), 2, example_inputs=X, backend="eager")

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import heapq
+import itertools
 from collections.abc import Container, Iterable, Iterator, Sequence
 
 import torch
-from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from attnres_rewrite.errors import UnsupportedResidualError
 from attnres_rewrite.extent import Extent
 from attnres_rewrite.graph import (
     data_inputs,
     indices,
     is_float_tensor,
     module_path,
-    module_stack,
-    normalise_path,
     op_name,
     require_tensor,
     same_shape,
     source_line,
-    submodule_of,
 )
 from attnres_rewrite.memory import overwritten_by
 from attnres_rewrite.passes.base import Pass
-from attnres_rewrite.patterns.refusal import is_mixer
+from attnres_rewrite.patterns.layer_list import Layer, layer_lists
+from attnres_rewrite.patterns.refusal import is_convolution, is_mixer
 from attnres_rewrite.patterns.stream_scale import scaled_values
 from attnres_rewrite.streams import Rejected
+
+STAYS_PLAIN = "a sublayer would stay plain: it is on no residual stream that was found, and in no branch of one"
+CUT_OFF = "a layer would be cut off from those beside it: the residual stream does not lead from them to it as a sum"
+REMEDY = (
+    "To rewrite the streams that were found, or those of them that AttnResConfig(streams=...) names, and accept the "
+    'rest as it is, set AttnResConfig(leftovers="plain")'
+)
 
 # What adds two tensors, with whatever factors; in place too, and as methods.
 _SUMS = frozenset("add sub rsub radd iadd isub lerp addcmul addmm baddbmm".split())
@@ -44,16 +49,19 @@ class Leftover:
         node: Where it is in the graph.
         module: The module that it belongs to.
         reason: Why it is on no stream.
+        is_cut_off: Whether it is on one after all, but apart from the layers beside it.
     """
 
     node: Node
     module: str
     reason: str
+    is_cut_off: bool = False
 
     @property
-    def where(self) -> str:
-        """The reason and the line of source code, for an error."""
-        return f"{self.reason}; at {source_line(self.node)}"
+    def error(self) -> UnsupportedResidualError:
+        """What to tell the user."""
+        what = CUT_OFF if self.is_cut_off else STAYS_PLAIN
+        return UnsupportedResidualError(f"{what}. {REMEDY} ({self.reason}; at {source_line(self.node)})")
 
 
 class AccountForSublayers(Pass):
@@ -72,7 +80,7 @@ class AccountForSublayers(Pass):
         accounted = set[Node]().union(*(extent.accounted for extent in extents))
         reasons = {r.node: r.reason for r in rejected}
         left = [*_left_out_adds(module.graph, extents, reasons), *_hidden_adds(module, accounted)]
-        return (*left, *_layers_without_branch(module.graph, accounted))
+        return (*left, *_odd_layers(module.graph, extents))
 
     def summary(self, result: tuple[Leftover, ...]) -> str:
         """Counts for the log."""
@@ -138,17 +146,13 @@ def _is_convolved(node: Node) -> bool:
     while pending:
         current = pending.pop()
         if is_mixer(current):
-            if not _is_convolution(current):
+            if not is_convolution(current):
                 return False
             continue
         fresh = [source for source in data_inputs(current) if source not in seen]
         seen.update(fresh)
         pending.extend(fresh)
     return True
-
-
-def _is_convolution(node: Node) -> bool:
-    return op_name(node).startswith("conv") or isinstance(submodule_of(node), nn.modules.conv._ConvNd)
 
 
 def _terms(node: Node) -> list[Node]:
@@ -208,65 +212,30 @@ def _bodies(module: GraphModule, node: Node) -> Iterator[GraphModule]:
             yield body
 
 
-def _layers_without_branch(graph: Graph, accounted: Container[Node]) -> Iterator[Leftover]:
-    """Children of a list of layers that ran and have no branch of a stream, while others like them have."""
-    layers: dict[str, _Layer] = {}
-    live = _live(graph)
-    for node in graph.nodes:
-        if node.op in ("placeholder", "get_attr", "output") or node not in live:
-            continue
-        stack = module_stack(node)
-        for depth, path in enumerate(stack):
-            if path.rpartition(".")[2].isdigit():
-                layer = layers.setdefault(path, _Layer(node, path, _kind(node, path)))
-                layer.parts.update(inner.removeprefix(path) for inner in stack[depth + 1 :])
-                layer.has_branch = layer.has_branch or node in accounted
-                layer.mixers.update([_is_convolution(node)] if is_mixer(node) else [])
-                layer.is_opaque = layer.is_opaque or _is_foreign(node)
-    lists = collections.defaultdict(list)
-    for path, layer in layers.items():
-        lists[path.rpartition(".")[0]].append(layer)
-    for children in lists.values():
-        found = [layer for layer in children if layer.has_branch]
-        for layer in children:
-            if not layer.has_branch and any(layer.is_like(other) for other in found):
-                reason = f"module {layer.path!r} ran without an add on a stream, as there is in {found[0].path!r}"
+def _odd_layers(graph: Graph, extents: Sequence[Extent]) -> Iterator[Leftover]:
+    """Children of a list of layers that ran and are on no stream, or on one of their own, unlike others of a kind."""
+    for layers in layer_lists(graph, extents, _live(graph)):
+        having = [layer for layer in layers if layer.streams]
+        shared = {s for a, b in itertools.pairwise(having) for s in a.streams & b.streams}
+        regular = [layer for layer in having if layer.streams & shared] or having
+        for layer in layers:
+            like = next((other for other in regular if layer.is_like(other)), None)
+            if like is None or layer.streams & shared:
+                continue
+            if not layer.streams:
+                reason = f"module {layer.path!r} ran without an add on a stream, as there is in {like.path!r}"
                 yield Leftover(layer.first, layer.path, reason)
+            elif shared and (apart := _apart(layer, like, extents)) is not None:
+                reason = (
+                    f"module {layer.path!r} has a stream of its own, apart from that of {like.path!r}; {_origin(apart)}"
+                )
+                yield Leftover(layer.first, layer.path, reason, is_cut_off=True)
 
 
-@dataclasses.dataclass(eq=False)
-class _Layer:
-    """A module in a list: its first node, the modules in it that ran, and whether what mixes in it is a convolution."""
-
-    first: Node
-    path: str
-    kind: object
-    parts: set[str] = dataclasses.field(default_factory=set)
-    has_branch: bool = False
-    mixers: set[bool] = dataclasses.field(default_factory=set)
-    is_opaque: bool = False
-
-    def is_like(self, other: _Layer) -> bool:
-        """Whether this is a layer of the same kind, by its class or the better part of its modules, or a hidden one."""
-        if not other.parts or self.mixers == {True}:
-            return False
-        mine, theirs = self.kind, other.kind
-        if self.is_opaque or mine == theirs:
-            return True
-        # An exported program names classes, Dynamo has them.
-        if (
-            isinstance(mine, type)
-            and isinstance(theirs, type)
-            and (issubclass(mine, theirs) or issubclass(theirs, mine))
-        ):
-            return True
-        return 2 * len(self.parts & other.parts) >= len(self.parts | other.parts)
-
-
-def _is_foreign(node: Node) -> bool:
-    """Whether ``node`` calls an operator that PyTorch does not know the inside of."""
-    name = getattr(node.target, "_qualified_op_name", getattr(node.target, "_name", ""))
-    return isinstance(name, str) and "::" in name and name.partition("::")[0] not in ("aten", "prims", "attnres")
+def _apart(layer: Layer, like: Layer, extents: Sequence[Extent]) -> Node | None:
+    """The root of the stream of ``layer``, if it could be the rest of that of ``like``: if it is as large."""
+    mine, theirs = (extents[min(one.streams)].stream.root for one in (layer, like))
+    return mine if same_shape(require_tensor(mine), require_tensor(theirs)) else None
 
 
 def _live(graph: Graph) -> set[Node]:
@@ -278,8 +247,3 @@ def _live(graph: Graph) -> set[Node]:
         live.update(fresh)
         pending.extend(fresh)
     return live
-
-
-def _kind(node: Node, path: str) -> object:
-    stack = node.meta.get("nn_module_stack") or {}
-    return next((kind for inner, kind in stack.values() if normalise_path(inner) == path), None)

@@ -211,6 +211,11 @@ def is_mixer(node: Node) -> bool:
     return op_name(node) in _MIXERS or isinstance(submodule_of(node), _MIXING_MODULES)
 
 
+def is_convolution(node: Node) -> bool:
+    """Whether ``node`` is a mixer whose channels are not the last dimension."""
+    return op_name(node).startswith("conv") or isinstance(submodule_of(node), nn.modules.conv._ConvNd)
+
+
 def is_dropout(node: Node) -> bool:
     """Whether ``node`` drops out, now or in training."""
     return op_name(node) == "dropout" or isinstance(submodule_of(node), nn.Dropout)
