@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import prepared
 from torch import Tensor, nn
-from zoo.depth import READS, Listing, MixAtTheEnd, OverItsPast, PlainBlock, Read
+from zoo.depth import LINES, READS, Listing, MixAtTheEnd, OverItsPast, PlainBlock, Read
 from zoo.handwritten import LAYERS, VOCAB, WIDTH
 
 import attnres_rewrite as ar
@@ -22,14 +22,6 @@ def refused(model: nn.Module, line: str) -> None:
     assert line in str(raised.value)
     with pytest.raises(ar.UnsupportedResidualError, match=REASON):
         ar.explain(torch.export.export(model, (IDS,)), 2)
-
-
-LINES = {
-    "einsum": 'torch.einsum("n b t, n b t d -> b t d"',
-    "attention": "scaled_dot_product_attention(queries, keys, stacked",
-    "loop": "total = total + weight * value",
-    "product": "(weights[..., None] * stacked).sum(0)",
-}
 
 
 # With one or two sublayers a block there is no chain of adds at all, with eight only one block.

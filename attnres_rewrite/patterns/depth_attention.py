@@ -158,7 +158,10 @@ class _Search:
             buffer = buffer.args[0] if op_name(buffer) == "getitem" else None
 
     def _met_in_product(self, node: Node, name: str) -> _Held | None:
-        operands = [n for n in data_inputs(node) if is_float_tensor(n)]
+        # Of an attention the third is summed, with weights that are made of the others; one tensor may be both.
+        named = (node.kwargs[key] for key in ("query", "key", "value") if key in node.kwargs)
+        given = (*node.args, *named) if name in _ATTENTION else tuple(data_inputs(node))
+        operands = [n for n in given if isinstance(n, Node) and is_float_tensor(n)]
         for operand in operands[2:3] if name in _ATTENTION else operands:
             held = self._of(operand)
             others = operands[:2] if name in _ATTENTION else [o for o in operands if o is not operand]

@@ -1,5 +1,6 @@
 """Models that attend over depth already, by hand and in transformers, and models that sum over depth in other ways."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from zoo.handwritten import LAYERS, MLP, VOCAB, WIDTH, CausalSelfAttention
+from zoo.member import Accepted, Inputs, Member, Refused, token_ids
 
 Read = Callable[[list[Tensor], nn.Parameter], Tensor]
 
@@ -123,3 +125,33 @@ class MixAtTheEnd(nn.Module):
             x = layer(x)
             values.append(x)
         return self.head(self.norm(self.read(values, self.query)))
+
+
+def ids(batch: int, length: int) -> Inputs:
+    return (token_ids(batch, length),)
+
+
+def over_depth(line: str) -> Refused:
+    return Refused("attention over depth", "the model attends over depth already", line)
+
+
+LINES = {
+    "einsum": 'torch.einsum("n b t, n b t d -> b t d"',
+    "attention": "scaled_dot_product_attention(queries, keys, stacked",
+    "loop": "total = total + weight * value",
+    "product": "(weights[..., None] * stacked).sum(0)",
+}
+MEMBERS = [
+    *(
+        Member(
+            f"Attention Residuals by {name}",
+            "hand-written",
+            functools.partial(Listing, READS[name], 6),
+            ids,
+            over_depth(LINES[name]),
+        )
+        for name in READS
+    ),
+    Member("attention over its past", "hand-written", OverItsPast, ids, over_depth(LINES["einsum"])),
+    Member("mix of all layers at the end", "hand-written", MixAtTheEnd, ids, Accepted({"": 8})),
+]
