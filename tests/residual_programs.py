@@ -114,7 +114,9 @@ class Sublayer:
     cast: bool = False  # The branch output to the wide dtype.
     after: tuple[str, ...] = ()  # Transparent operations on the new value.
     extra: str | None = None  # A further read of it: "value" returns it, "head" what a head makes of it.
-    spoil: str | None = None  # What makes this no plain residual: a "norm" or a "gate" on the stream.
+    # What makes this no plain residual: on the stream a "norm", a "gate", a "projection", or, over "depth", a mix with
+    # the value before by weights that compute from both.
+    spoil: str | None = None
 
     def __repr__(self) -> str:
         fields = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
@@ -221,7 +223,8 @@ class Connection(nn.Module):
         shape = SCALES[sub.scale][0] if sub.scale else None
         self.scale = nn.Parameter(torch.rand(shape) + 0.5) if shape is not None else None
         self.norm = nn.LayerNorm(WIDTH) if sub.spoil == "norm" else None
-        self.gate = nn.Linear(WIDTH, WIDTH) if sub.spoil == "gate" else None
+        self.gate = nn.Linear(WIDTH, WIDTH) if sub.spoil in ("gate", "depth") else None
+        self.projection = nn.Linear(WIDTH, WIDTH) if sub.spoil == "projection" else None
 
     def rescale(self, x: Tensor) -> Tensor:
         return SCALES[self.sub.scale][1](x, self.scale)
@@ -238,6 +241,8 @@ class Connection(nn.Module):
             side = TRANSPARENT[name](side, sizes, self.dtypes)
         new = SPELLINGS[sub.spelling].add(side, f.to(self.dtypes[1]) if sub.cast else f)
         new = self.norm(new) if sub.spoil == "norm" else new
+        new = new + torch.sigmoid(self.gate(new)) * side if sub.spoil == "depth" else new
+        new = self.projection(new) if sub.spoil == "projection" else new
         for name in sub.after:
             new = TRANSPARENT[name](new, sizes, self.dtypes)
         return x, new

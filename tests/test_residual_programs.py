@@ -400,3 +400,43 @@ def test_what_is_no_sum_of_branch_outputs_is_refused(kind: str, everywhere: bool
             analyse([traced(model)], config_of(program))
 
     refused()
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_mix_over_depth_is_refused_as_such(everywhere: bool) -> None:
+    """Every value takes in the one before by weights that compute from both, or one does before the last sublayer."""
+
+    @property_test(10, "depth")
+    def refused(program: Program) -> None:
+        count = sum(map(len, program.layers))
+        _, model = build(spoiled(program, "depth", range(count) if everywhere else [count - 2]))
+        # Where less than two adds are left there is no stream whose values could be told.
+        reason = "the model attends over depth already" + ("" if everywhere else "|gated stream|no residual stream")
+        with pytest.raises(ar.AttnResError, match=reason):
+            analyse([traced(model)], config_of(program))
+
+    refused()
+
+
+def test_a_sublayer_behind_a_projection_is_left_over() -> None:
+    @property_test(10, "projection")
+    def refused(program: Program) -> None:
+        count = sum(map(len, program.layers))
+        last = program.layers[-1][-1]
+        if last.behind or last.scale:
+            return
+        _, model = build(spoiled(program, "projection", [count - 2]))
+        with pytest.raises(ar.AttnResError, match=r"a sublayer would stay plain|no residual stream"):
+            analyse([traced(model)], config_of(program))
+
+    refused()
+
+
+def spoiled(program: Program, kind: str, numbers: Sequence[int]) -> Program:
+    """The program with the sublayers of these numbers spoiled."""
+    counter = itertools.count()
+    layers = tuple(
+        tuple(dataclasses.replace(sub, spoil=kind if next(counter) in numbers else None) for sub in subs)
+        for subs in program.layers
+    )
+    return dataclasses.replace(program, layers=layers)
