@@ -79,6 +79,7 @@ def test_configuration() -> None:
         "key_gain": True,
         "schedule": "auto",
         "streams": None,
+        "leftovers": "refuse",
     }
     with pytest.raises(dataclasses.FrozenInstanceError):
         ar.AttnResConfig().blocks = 3
