@@ -1,4 +1,4 @@
-"""Pass 4: no sublayer is left out of what is rewritten."""
+"""Pass 5: no sublayer is left out of what is rewritten."""
 
 from __future__ import annotations
 
