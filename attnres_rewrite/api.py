@@ -14,11 +14,12 @@ from torch.fx import GraphModule
 from attnres_rewrite import _compat
 from attnres_rewrite.anchor import AnchorSpec
 from attnres_rewrite.backend import AttnResBackend, plain_residuals_wanted, rewrite_captured
-from attnres_rewrite.capture import Call, Capture, ExampleInputs, capture, capture_whole, example_call
+from attnres_rewrite.capture import Capture, capture, capture_whole
 from attnres_rewrite.config import AttnResConfig, Blocks
 from attnres_rewrite.errors import AttnResError, UnsupportedResidualError
 from attnres_rewrite.exported import rewrite_exported
 from attnres_rewrite.graph_module import rewrite_graph_module, with_metadata
+from attnres_rewrite.inputs import Call, ExampleInputs, example_call
 from attnres_rewrite.live import LiveState, install, live_forwards, uninstall
 from attnres_rewrite.pipeline import Analysis, analyse
 from attnres_rewrite.report import Report, make_report

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite import _compat
-from attnres_rewrite.capture import Call, ExampleInputs, example_call
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import ExampleInputsError
 from attnres_rewrite.graph import GraphBuilder, op_name, require_tensor, source_line, tensor_of
+from attnres_rewrite.inputs import Call, ExampleInputs, example_call
 from attnres_rewrite.live import AttnResSite
 from attnres_rewrite.passes import SiteParameters
 from attnres_rewrite.pipeline import analyse, insert

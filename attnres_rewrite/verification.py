@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from attnres_rewrite import _compat
 from attnres_rewrite.api import attnres_parameters, disabled, require_live
 from attnres_rewrite.backend import AttnResBackend
-from attnres_rewrite.capture import Call, ExampleInputs, example_call
 from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.inputs import Call, ExampleInputs, example_call
 from attnres_rewrite.live import run_through
 from attnres_rewrite.passes import Site
 

@@ -32,9 +32,10 @@ from torch.utils.checkpoint import checkpoint
 
 import attnres_rewrite as ar
 from attnres_rewrite import _compat
-from attnres_rewrite.capture import Call, capture
+from attnres_rewrite.capture import capture
 from attnres_rewrite.graph import GraphBuilder, op_name
 from attnres_rewrite.graph_module import with_metadata
+from attnres_rewrite.inputs import Call
 from attnres_rewrite.passes import (
     CheckRewrite,
     FindStreams,

@@ -37,7 +37,8 @@ from residual_programs import (
 from torch import Tensor, nn
 
 import attnres_rewrite as ar
-from attnres_rewrite.capture import Call, capture
+from attnres_rewrite.capture import capture
+from attnres_rewrite.inputs import Call
 from attnres_rewrite.pipeline import Analysis, analyse
 
 X = torch.randn(BATCH, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0)).double()

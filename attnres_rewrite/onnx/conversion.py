@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from attnres_rewrite import _compat
-from attnres_rewrite.capture import Call
 from attnres_rewrite.errors import AttnResError
+from attnres_rewrite.inputs import Call
 from attnres_rewrite.onnx import form, function
 from attnres_rewrite.onnx.sizes import given_shapes, renamed, size_names
 

@@ -19,10 +19,10 @@ from attnres_rewrite import _compat
 from attnres_rewrite.anchor import AnchorSpec
 from attnres_rewrite.api import disabled, require_live
 from attnres_rewrite.backend import AttnResBackend
-from attnres_rewrite.capture import Call, ExampleInputs, example_call, without_traces
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import AttnResError, ExampleInputsError, MissingPackageError
 from attnres_rewrite.exported import rewrite_exported
+from attnres_rewrite.inputs import Call, ExampleInputs, example_call, without_traces
 from attnres_rewrite.live import run_through
 from attnres_rewrite.onnx import function, huggingface
 from attnres_rewrite.onnx.comparison import compare
