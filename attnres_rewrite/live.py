@@ -19,8 +19,8 @@ from attnres_rewrite import _compat
 from attnres_rewrite.anchor import AnchorSpec, not_rewritten_message
 from attnres_rewrite.backend import AttnResBackend
 from attnres_rewrite.errors import NotRewrittenError
-from attnres_rewrite.huggingface import install_output_hooks
 from attnres_rewrite.inputs import compiled
+from attnres_rewrite.output_hooks import install_output_hooks
 
 
 class AttnResSite(nn.Module):

@@ -417,10 +417,10 @@ def test_the_fusions_of_onnx_runtime_still_apply(
     tmp_path: Path, make: Callable[..., nn.Module], opset_version: int, expected: dict[str, int]
 ) -> None:
     from attnres_rewrite.inputs import Call
-    from attnres_rewrite.onnx import huggingface
+    from attnres_rewrite.onnx import transformers_exporters
 
     inputs = {"input_ids": token_ids(2, 7)}
-    plain = huggingface.export(
+    plain = transformers_exporters.export(
         make(3).eval(),
         Call((), inputs),
         lambda program: program,

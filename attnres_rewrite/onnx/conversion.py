@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from attnres_rewrite import _compat
-from attnres_rewrite.errors import AttnResError
+from attnres_rewrite.errors import OnnxExportError
 from attnres_rewrite.inputs import Call
 from attnres_rewrite.onnx import form, function
 from attnres_rewrite.onnx.sizes import given_shapes, renamed, size_names
@@ -21,10 +21,6 @@ from attnres_rewrite.onnx.sizes import given_shapes, renamed, size_names
 if TYPE_CHECKING:
     import numpy
     from onnxscript import ir
-
-
-class OnnxExportError(AttnResError):
-    """The model could not be exported, or ONNX Runtime computes something else than PyTorch."""
 
 
 @dataclasses.dataclass(frozen=True)

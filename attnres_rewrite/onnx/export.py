@@ -20,13 +20,13 @@ from attnres_rewrite.anchor import AnchorSpec
 from attnres_rewrite.api import disabled, require_live
 from attnres_rewrite.backend import AttnResBackend
 from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.errors import AttnResError, ExampleInputsError, MissingPackageError
+from attnres_rewrite.errors import AttnResError, ExampleInputsError, MissingPackageError, OnnxExportError
 from attnres_rewrite.exported import rewrite_exported
 from attnres_rewrite.inputs import Call, ExampleInputs, example_call, without_traces
 from attnres_rewrite.live import run_through
-from attnres_rewrite.onnx import function, huggingface
+from attnres_rewrite.onnx import function, transformers_exporters
 from attnres_rewrite.onnx.comparison import compare
-from attnres_rewrite.onnx.conversion import Conversion, OnnxExportError, Reference, convert, finish
+from attnres_rewrite.onnx.conversion import Conversion, Reference, convert, finish
 from attnres_rewrite.onnx.sizes import default_dynamic_dims, given_shapes
 
 if TYPE_CHECKING:
@@ -220,8 +220,8 @@ def _converted(
         else:
             config, blocks = _recorded(model)
             with _plain(model):
-                if (keywords := huggingface.by_keywords(model, call)) is not None:
-                    return huggingface.export(
+                if (keywords := transformers_exporters.by_keywords(model, call)) is not None:
+                    return transformers_exporters.export(
                         model,
                         keywords,
                         lambda program: rewrite_exported(program, config, blocks),
