@@ -155,6 +155,12 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     return new
 
 
+def compiled_function(function: Any) -> Callable[..., Any] | None:
+    """What ``torch.compile`` made ``function`` from, or ``None`` if that did not make it."""
+    original: Callable[..., Any] | None = getattr(function, "_torchdynamo_orig_callable", None)
+    return original
+
+
 def unfused(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call ``function`` with the fused kernel of ``nn.TransformerEncoderLayer`` off.
 
@@ -194,6 +200,34 @@ def graph_break_types() -> tuple[type[BaseException], ...]:
 def refusing_graph_breaks(refuse: bool) -> Any:
     """A context in which, where ``refuse`` says so, Dynamo raises at a graph break as it traces."""
     return torch._dynamo.error_on_graph_break(refuse)
+
+
+def _is_tracing_within(function: Callable[..., Any]) -> bool:
+    from torch._dynamo.symbolic_convert import InstructionTranslatorBase
+
+    code, frame = function.__code__, inspect.currentframe()
+    while frame is not None:
+        # Dynamo has no public way to tell what it is inlining; its translators are on the stack as it traces.
+        if frame.f_code.co_varnames[:1] == ("self",):
+            translator = frame.f_locals.get("self")
+            if isinstance(translator, InstructionTranslatorBase) and translator.f_code is code:
+                return True
+        frame = frame.f_back
+    return False
+
+
+def is_tracing_within(function: Callable[..., Any]) -> bool:
+    """Whether Dynamo is tracing what ``function``, a Python function, has called; asked when it traces, a constant."""
+    return _is_tracing_within(function)
+
+
+# What torch.compiler.assume_constant_result does, which imports Dynamo for it.
+is_tracing_within._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_in_backward() -> bool:
+    """Whether autograd is computing gradients in this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def capturing_scalars(capture: bool) -> contextlib.AbstractContextManager[Any]:

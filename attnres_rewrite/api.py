@@ -13,14 +13,16 @@ from torch.fx import GraphModule
 
 from attnres_rewrite import _compat
 from attnres_rewrite.anchor import AnchorSpec
-from attnres_rewrite.backend import AttnResBackend, plain_residuals_wanted, rewrite_captured
+from attnres_rewrite.backend import AttnResBackend, rewrite_captured
 from attnres_rewrite.capture import Capture, capture, capture_whole
 from attnres_rewrite.config import AttnResConfig, Blocks
 from attnres_rewrite.errors import AttnResError, UnsupportedResidualError
 from attnres_rewrite.exported import rewrite_exported
 from attnres_rewrite.graph_module import rewrite_graph_module, with_metadata
-from attnres_rewrite.inputs import Call, ExampleInputs, example_call
-from attnres_rewrite.live import LiveState, install, live_forwards, uninstall
+from attnres_rewrite.inputs import Call, ExampleInputs, example_call, uncompiled
+from attnres_rewrite.layer_guard import layers_of
+from attnres_rewrite.live import install, live_forwards, uninstall
+from attnres_rewrite.live_state import LiveState
 from attnres_rewrite.pipeline import Analysis, analyse
 from attnres_rewrite.report import Report, make_report
 from attnres_rewrite.streams import StreamPlan
@@ -113,7 +115,9 @@ def _rewrite_live(
     attnres = AttnResBackend(backend, mode=mode, options=options, plain_streams=(*plain, *anywhere))
     specs = [_spec(owner, plans, config, plain) for owner, plans in owners.items()]
     widths = [[p.stream.width for p in plans for _ in p.stream.branches] for plans in owners.values()]
-    install(model, specs, widths, LiveState(attnres, compile_options, scalars=captured.scalars, whole=captured.whole))
+    layers = {owner: set[str]().union(*(layers_of(plan.stream) for plan in plans)) for owner, plans in owners.items()}
+    state = LiveState(attnres, compile_options, scalars=captured.scalars, whole=captured.whole)
+    install(model, specs, widths, layers, state)
     try:
         _rehearse(model, example_call(model, example_inputs), captured)
     except BaseException:
@@ -150,7 +154,7 @@ def _capture_module(model: nn.Module, config: AttnResConfig, example_inputs: Exa
             f"the model already has Attention Residuals, in module {rewritten[0] or '(root)'!r}: undo(model) takes "
             "them out, then it can be rewritten again"
         )
-    with plain_residuals_wanted():
+    with uncompiled(model):
         return capture(model, example_call(model, example_inputs), config.streams)
 
 
@@ -202,19 +206,16 @@ def explain(
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within the context ``model`` runs its plain residual path, as if it had not been rewritten.
 
+    In this thread, and for this model alone; a copy or a file that is made within the context has AttnRes on.
+
     Raises:
         AttnResError: ``model`` is not a rewritten ``nn.Module``.
     """
     states = {id(forward.state): forward.state for _, forward in require_live(model, "disabled")}
-    before = {key: state.enabled for key, state in states.items()}
-    for state in states.values():
-        state.enabled = False
-    try:
-        with plain_residuals_wanted():
-            yield model
-    finally:
-        for key, state in states.items():
-            state.enabled = before[key]
+    with contextlib.ExitStack() as stack:
+        for state in states.values():
+            stack.enter_context(state.plain_here())
+        yield model
 
 
 def undo(model: nn.Module) -> nn.Module:

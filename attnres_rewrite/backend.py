@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from torch.fx import GraphModule
@@ -16,14 +14,13 @@ from attnres_rewrite.anchor import Anchor, anchors_of
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import AttnResError, GraphBreakError, NotRewrittenError, UnsupportedResidualError
 from attnres_rewrite.graph import require_tensor, source_line
-from attnres_rewrite.passes import Site
+from attnres_rewrite.passes import Site, SiteParameters
 from attnres_rewrite.pipeline import find_streams, insert
 from attnres_rewrite.saved_activations import recompute_results
 from attnres_rewrite.streams import ResidualStream, StreamPlan
 
 # Rows, tokens of all sequences, up to which the schedule "auto" goes read by read.
 _FEW_ROWS = 8
-_plain_residuals_wanted = contextvars.ContextVar("attnres_plain_residuals_wanted", default=False)
 
 
 class AttnResBackend:
@@ -65,7 +62,7 @@ class AttnResBackend:
         Dynamo would wrap it in an error of its own, or drop it and run the plain model.
         """
         try:
-            self.inserted(rewrite_captured(module, self.plain_streams, self._scheduled))
+            self.inserted(rewrite_captured(module, self.plain_streams, self._scheduled, self.site_parameters))
         except AttnResError as error:
             return _raiser(error)
         return self._compile(module, inputs, **options)
@@ -82,6 +79,10 @@ class AttnResBackend:
     def configure(self, config: AttnResConfig) -> AttnResConfig:
         """The configuration to use for one that an anchor carries; a subclass may change it."""
         return config
+
+    def site_parameters(self, module: GraphModule, anchor: Anchor) -> Sequence[SiteParameters]:
+        """The nodes of the parameters of an anchor's sites; a subclass may put others in their place."""
+        return _own_parameters(module, anchor)
 
     def inserted(self, sites: list[Site]) -> None:
         """Called with the sites of every graph that was rewritten; for a subclass to look at."""
@@ -103,22 +104,23 @@ def attnres_backend(module: GraphModule, inputs: list[Any], **options: Any) -> C
     return AttnResBackend()(module, inputs, **options)
 
 
-@contextlib.contextmanager
-def plain_residuals_wanted() -> Iterator[None]:
-    """While active, a graph without anchors is compiled as it is, even if it has a residual stream."""
-    token = _plain_residuals_wanted.set(True)
-    try:
-        yield
-    finally:
-        _plain_residuals_wanted.reset(token)
+def _own_parameters(module: GraphModule, anchor: Anchor) -> Sequence[SiteParameters]:
+    return anchor.parameters
 
 
 def rewrite_captured(
     module: GraphModule,
     plain_streams: tuple[str, ...] = (),
     configure: Callable[[AttnResConfig, StreamPlan], AttnResConfig] = lambda config, _: config,
+    parameters_of: Callable[[GraphModule, Anchor], Sequence[SiteParameters]] = _own_parameters,
 ) -> list[Site]:
     """Rewrite, in place, the streams of the anchors in a graph that Dynamo captured.
+
+    Args:
+        module: The graph.
+        plain_streams: Owners whose streams stay plain on purpose, as in :class:`AttnResBackend`.
+        configure: What to make of the configuration that an anchor carries, for a stream.
+        parameters_of: The nodes of the site parameters, for an anchor.
 
     Returns:
         The sites inserted; none for a graph that has nothing to do with a residual stream.
@@ -131,15 +133,18 @@ def rewrite_captured(
     if not anchors:
         _refuse_plain_streams(module, plain_streams)
         return []
-    _refuse_repeated(anchors)
     plain = set().union(plain_streams, *(anchor.plain_paths for anchor in anchors))
     streams = [stream for stream in find_streams(module).streams if stream.owner not in plain]
     _refuse_unowned(anchors, streams)
     sites: list[Site] = []
     for anchor in anchors:
+        if anchor.plain:
+            module.graph.erase_node(anchor.node)
+            continue
+        _refuse_repeated(anchor, anchors)
         others = [other.path for other in anchors if other is not anchor]
         plans = _plans(anchor, [s for s in streams if anchor.owns(s.owner, others)])
-        parameters = iter(anchor.parameters)
+        parameters = iter(parameters_of(module, anchor))
         for plan in plans:
             own = list(itertools.islice(parameters, len(plan.stream.branches)))
             sites += insert(module, plan, own, configure(anchor.config, plan))
@@ -154,19 +159,15 @@ def _has_few_rows(plan: StreamPlan) -> bool:
     return (elements if isinstance(elements, int) else _compat.size_hint(elements)) <= _FEW_ROWS * plan.stream.width
 
 
-def _refuse_repeated(anchors: list[Anchor]) -> None:
-    paths = [anchor.path for anchor in anchors]
-    for anchor in anchors:
-        if paths.count(anchor.path) > 1:
-            raise UnsupportedResidualError(
-                f"module {anchor.spec.owner or '(root)'!r}, which holds a residual stream, runs "
-                "more than once in one call, so its reads are not one per site. Rewrite a model that runs it once"
-            )
+def _refuse_repeated(anchor: Anchor, anchors: list[Anchor]) -> None:
+    if [other.path for other in anchors].count(anchor.path) > 1:
+        raise UnsupportedResidualError(
+            f"module {anchor.spec.owner or '(root)'!r}, which holds a residual stream, runs "
+            "more than once in one call, so its reads are not one per site. Rewrite a model that runs it once"
+        )
 
 
 def _refuse_unowned(anchors: list[Anchor], streams: list[ResidualStream]) -> None:
-    if _plain_residuals_wanted.get():
-        return
     for stream in streams:
         if not any(anchor.owns(stream.owner, ()) for anchor in anchors):
             raise NotRewrittenError(
@@ -193,7 +194,7 @@ def _plans(anchor: Anchor, streams: list[ResidualStream]) -> list[StreamPlan]:
 
 
 def _refuse_plain_streams(module: GraphModule, plain_streams: tuple[str, ...]) -> None:
-    if _plain_residuals_wanted.get() or "*" in plain_streams:
+    if "*" in plain_streams:
         return
     for stream in find_streams(module).streams:
         if any(stream.owner == name or stream.owner.endswith("." + name) for name in plain_streams):

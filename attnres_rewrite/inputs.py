@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -94,6 +94,42 @@ def without_traces(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Within the context no module of ``model`` is compiled by its user's ``module.compile()`` or ``torch.compile``."""
+    taken = take_compilation(list(model.modules()))
+    try:
+        yield
+    finally:
+        give_back_compilation(taken)
+
+
+Taken = list[tuple[nn.Module, str, Any]]
+
+
+def take_compilation(modules: Sequence[nn.Module]) -> Taken:
+    """Take off what a user has compiled of ``modules`` themselves: by ``module.compile()``, or as their ``forward``."""
+    taken: Taken = []
+    for module in modules:
+        if module._compiled_call_impl is not None:
+            taken.append((module, "_compiled_call_impl", module._compiled_call_impl))
+            module._compiled_call_impl = None
+        forward = module.__dict__.get("forward")
+        original = _compat.compiled_function(forward)
+        if original is not None:
+            taken.append((module, "forward", forward))
+            del module.__dict__["forward"]
+            if original != module.forward:
+                module.__dict__["forward"] = original
+    return taken
+
+
+def give_back_compilation(taken: Taken) -> None:
+    """Undo :func:`take_compilation`."""
+    for module, name, value in taken:
+        module.__dict__[name] = value
 
 
 def run_plainly(model: nn.Module, call: Call) -> None:

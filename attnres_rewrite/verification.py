@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from attnres_rewrite import _compat
-from attnres_rewrite.api import attnres_parameters, disabled, require_live
+from attnres_rewrite.anchor import Anchor
+from attnres_rewrite.api import disabled, require_live
 from attnres_rewrite.backend import AttnResBackend
 from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.graph import GraphBuilder
 from attnres_rewrite.inputs import Call, ExampleInputs, example_call
 from attnres_rewrite.live import run_through
-from attnres_rewrite.passes import Site
+from attnres_rewrite.passes import Site, SiteParameters
 
 # Multiples of the dtype's epsilon. Two orders of summing some hundred terms differ by far less.
 _TOLERANCE_IN_EPSILONS = 1024.0
@@ -62,6 +65,14 @@ class _VerifyingBackend(AttnResBackend):
         self.used = ""
         self.sites = 0
 
+    def site_parameters(self, module: GraphModule, anchor: Anchor) -> list[SiteParameters]:
+        # Not in the parameters themselves, with which other threads compute.
+        build, zero = GraphBuilder(module), torch.ops.aten.zeros_like.default
+        with module.graph.inserting_after(anchor.node):
+            return [
+                SiteParameters(build.call(zero, site.query, like=anchor.node), site.gain) for site in anchor.parameters
+            ]
+
     def configure(self, config: AttnResConfig) -> AttnResConfig:
         aggregation: Any = self.aggregation or config.aggregation
         self.used = aggregation
@@ -72,10 +83,10 @@ class _VerifyingBackend(AttnResBackend):
 
 
 def verify(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Verification:
-    """Compare the rewritten ``model``, with its queries set to zero for the moment, with plain residuals.
+    """Compare the rewritten ``model``, with zeros in the place of its queries, with plain residuals.
 
     Both run on the weights, in the mode (train or eval) and with the random state that the model has
-    now. The queries get their values back, also after an error.
+    now. The model itself is not changed: other threads may run it meanwhile.
 
     Args:
         model: A rewritten ``nn.Module``.
@@ -87,20 +98,12 @@ def verify(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ver
     """
     require_live(model, "verify")
     call = example_call(model, example_inputs)
-    queries = [p for name, p in attnres_parameters(model) if name.endswith(".query")]
-    saved = [query.detach().clone() for query in queries]
     with torch.no_grad():
-        try:
-            for query in queries:
-                query.zero_()
-            with disabled(model):
-                plain = _outputs(model, call, AttnResBackend("eager"))
-            summing, own = _VerifyingBackend("sum"), _VerifyingBackend(None)
-            summed = _outputs(model, call, summing)
-            configured = _outputs(model, call, own)
-        finally:
-            for query, value in zip(queries, saved, strict=True):
-                query.copy_(value)
+        with disabled(model):
+            plain = _outputs(model, call, AttnResBackend("eager"))
+        summing, own = _VerifyingBackend("sum"), _VerifyingBackend(None)
+        summed = _outputs(model, call, summing)
+        configured = _outputs(model, call, own)
     dtypes = [value.dtype for value in plain if value.is_floating_point()]
     tolerance = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0) * _TOLERANCE_IN_EPSILONS
     return Verification(
