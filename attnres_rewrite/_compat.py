@@ -264,6 +264,16 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> 
     return pytree.tree_map_only(torch.Tensor, function, tree)
 
 
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    """``tree`` with ``function`` applied to everything in it that is no container."""
+    return pytree.tree_map(function, tree)
+
+
+def has_body(tree: Any) -> bool:
+    """Whether there is a module in ``tree``: the arguments are those of a higher-order operator, which runs it."""
+    return any(isinstance(leaf, torch.nn.Module) for leaf in pytree.tree_leaves(tree))
+
+
 def size_hint(size: torch.SymInt) -> int:
     """What a symbolic size was when it was traced."""
     return int(size.node.hint)

@@ -19,10 +19,11 @@ from attnres_rewrite.config import AttnResConfig, Blocks
 from attnres_rewrite.errors import AttnResError, UnsupportedResidualError
 from attnres_rewrite.exported import rewrite_exported
 from attnres_rewrite.graph_module import rewrite_graph_module, with_metadata
-from attnres_rewrite.inputs import Call, ExampleInputs, example_call, uncompiled
+from attnres_rewrite.inputs import Call, ExampleInputs, as_it_was, example_call, uncompiled
 from attnres_rewrite.layer_guard import layers_of
 from attnres_rewrite.live import install, live_forwards, uninstall
 from attnres_rewrite.live_state import LiveState
+from attnres_rewrite.norms import tell_reads_without_norm
 from attnres_rewrite.pipeline import Analysis, analyse
 from attnres_rewrite.report import Report, make_report
 from attnres_rewrite.streams import StreamPlan
@@ -79,7 +80,8 @@ def rewrite(
         return cast(ModelT, rewrite_graph_module(model, config, example_inputs))
     if not isinstance(model, nn.Module):
         raise TypeError(f"rewrite takes an nn.Module, an ExportedProgram or a GraphModule, not {type(model).__name__}")
-    return cast(ModelT, _rewrite_live(model, config, example_inputs, backend, compile_options))
+    with as_it_was(model, after_errors_only=True):
+        return cast(ModelT, _rewrite_live(model, config, example_inputs, backend, compile_options))
 
 
 def resolve_config(blocks: Blocks | None, config: AttnResConfig | None) -> AttnResConfig:
@@ -119,14 +121,14 @@ def _rewrite_live(
     state = LiveState(attnres, compile_options, scalars=captured.scalars, whole=captured.whole)
     install(model, specs, widths, layers, state)
     try:
-        _rehearse(model, example_call(model, example_inputs), captured)
+        _rehearse(model, example_call(model, example_inputs), captured, config)
     except BaseException:
         uninstall(model)
         raise
     return model
 
 
-def _rehearse(model: nn.Module, call: Call, captured: Capture) -> None:
+def _rehearse(model: nn.Module, call: Call, captured: Capture, config: AttnResConfig) -> None:
     """Rewrite the graph of the model's first call ahead of it, so that what would fail then fails now.
 
     Not for a model that is known to break, outside its streams; nor for one on the meta device, which has no weights to
@@ -139,7 +141,7 @@ def _rehearse(model: nn.Module, call: Call, captured: Capture) -> None:
     except _compat.graph_break_types():
         # Breaks outside the streams, which capture() found harmless.
         return
-    rewrite_captured(module)
+    tell_reads_without_norm(rewrite_captured(module), config)
 
 
 def analyse_module(model: nn.Module, config: AttnResConfig, example_inputs: ExampleInputs | None) -> Analysis:
@@ -199,7 +201,8 @@ def explain(
         return make_report(analyse([with_metadata(model.graph_module, None)], config), config, parameters)
     if isinstance(model, GraphModule):
         return make_report(analyse([with_metadata(model, example_inputs)], config), config, parameters)
-    return make_report(analyse_module(model, config, example_inputs), config, parameters)
+    with as_it_was(model):
+        return make_report(analyse_module(model, config, example_inputs), config, parameters)
 
 
 @contextlib.contextmanager

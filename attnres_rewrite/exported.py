@@ -16,6 +16,7 @@ from attnres_rewrite import _compat
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import GraphBreakError
 from attnres_rewrite.graph import require_tensor
+from attnres_rewrite.norms import tell_reads_without_norm
 from attnres_rewrite.passes import Site, SiteParameters
 from attnres_rewrite.pipeline import analyse, insert
 from attnres_rewrite.streams import ResidualStream, StreamPlan
@@ -48,6 +49,8 @@ def rewrite_exported(
         plans = _recorded([plan.stream for plan in plans], recorded)
     binder = _Binder(program, module, config)
     sites = [insert(module, plan, binder.parameters(plan), config) for plan in plans]
+    if recorded is None:
+        tell_reads_without_norm([site for inserted in sites for site in inserted], config)
     return ExportedProgram(
         root=module,
         graph=module.graph,

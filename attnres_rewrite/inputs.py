@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -86,14 +88,62 @@ def _image(size: int | tuple[int, int], channels: int) -> torch.Tensor:
 @contextlib.contextmanager
 def without_traces(model: nn.Module) -> Iterator[None]:
     """Whatever runs in this context leaves the model's buffers and the random state as they were."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
     try:
         with torch.random.fork_rng(), torch.no_grad():
             yield
     finally:
         with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            for buffer, version, value in buffers:
+                # Nothing is written to a buffer that nothing was written to: another thread may be using it.
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def as_it_was(model: nn.Module, *, after_errors_only: bool = False) -> Iterator[None]:
+    """After the context the attributes of the modules of ``model`` are what they were: counters, lists, registrations.
+
+    What is inside other objects than lists, dictionaries and sets is not looked into.
+
+    Args:
+        model: The model.
+        after_errors_only: Whether what the context has changed stays, unless it ends with an error.
+    """
+    before = [
+        (m, dict(m.__dict__), [(v, copy.copy(v)) for v in m.__dict__.values() if type(v) in _CONTAINERS])
+        for m in model.modules()
+    ]
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if failed or not after_errors_only:
+            for module, attributes, containers in before:
+                _put_back(module.__dict__, attributes)
+                for container, contents in containers:
+                    if not _holds(container, contents):
+                        container.clear()
+                        getattr(container, "extend" if isinstance(container, list) else "update")(contents)
+
+
+def _holds(container: Any, contents: Any) -> bool:
+    """Whether the same objects are in both, in the same order."""
+    parts = [(c.items() if isinstance(c, dict) else enumerate(c)) for c in (container, contents)]
+    ids = [[(key, id(value)) for key, value in part] for part in parts]
+    return ids[0] == ids[1]
+
+
+_CONTAINERS = (dict, collections.OrderedDict, collections.defaultdict, list, set)
+
+
+def _put_back(attributes: dict[str, Any], before: dict[str, Any]) -> None:
+    for name in attributes.keys() - before.keys():
+        del attributes[name]
+    for name, value in before.items():
+        if attributes.get(name) is not value or name not in attributes:
+            attributes[name] = value
 
 
 @contextlib.contextmanager
