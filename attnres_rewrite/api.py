@@ -24,6 +24,7 @@ from attnres_rewrite.layer_guard import layers_of
 from attnres_rewrite.live import install, live_forwards, uninstall
 from attnres_rewrite.live_state import LiveState
 from attnres_rewrite.norms import tell_reads_without_norm
+from attnres_rewrite.output_hooks import make_hooks_traceable
 from attnres_rewrite.pipeline import Analysis, analyse
 from attnres_rewrite.report import Report, make_report
 from attnres_rewrite.streams import StreamPlan
@@ -156,6 +157,7 @@ def _capture_module(model: nn.Module, config: AttnResConfig, example_inputs: Exa
             f"the model already has Attention Residuals, in module {rewritten[0] or '(root)'!r}: undo(model) takes "
             "them out, then it can be rewritten again"
         )
+    make_hooks_traceable(model)
     with uncompiled(model):
         return capture(model, example_call(model, example_inputs), config.streams)
 

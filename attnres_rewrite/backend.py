@@ -13,8 +13,8 @@ from attnres_rewrite import _compat
 from attnres_rewrite.anchor import Anchor, anchors_of
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import AttnResError, GraphBreakError, NotRewrittenError, UnsupportedResidualError
-from attnres_rewrite.graph import require_tensor, source_line
-from attnres_rewrite.passes import Site, SiteParameters
+from attnres_rewrite.graph import is_inside, require_tensor, source_line
+from attnres_rewrite.passes import Site, SiteParameters, StreamAnalysis
 from attnres_rewrite.pipeline import find_streams, insert
 from attnres_rewrite.saved_activations import recompute_results
 from attnres_rewrite.streams import ResidualStream, StreamPlan
@@ -134,7 +134,9 @@ def rewrite_captured(
         _refuse_plain_streams(module, plain_streams)
         return []
     plain = set().union(plain_streams, *(anchor.plain_paths for anchor in anchors))
-    streams = [stream for stream in find_streams(module).streams if stream.owner not in plain]
+    analysis = find_streams(module)
+    _refuse_changed(anchors, analysis)
+    streams = [stream for stream in analysis.streams if stream.owner not in plain]
     _refuse_unowned(anchors, streams)
     sites: list[Site] = []
     for anchor in anchors:
@@ -167,6 +169,19 @@ def _refuse_repeated(anchor: Anchor, anchors: list[Anchor]) -> None:
         )
 
 
+def _refuse_changed(anchors: list[Anchor], analysis: StreamAnalysis) -> None:
+    """Raise where something in the stream of an anchor would have been refused when the model was rewritten."""
+    # That there is no stream at all is what a graph looks like that breaks.
+    refusals = [refusal for refusal in analysis.refusals if isinstance(refusal.error, UnsupportedResidualError)]
+    for refusal, anchor in itertools.product(refusals, anchors):
+        if not anchor.plain and is_inside(refusal.module, anchor.path):
+            raise UnsupportedResidualError(
+                f"the residual stream of module {anchor.spec.owner or '(root)'!r} is not what it was when the model "
+                "was rewritten: a hook was added since, or the model is called in another mode (with a dropout that is "
+                f"active, for example) or with other inputs. Now: {refusal.error}"
+            )
+
+
 def _refuse_unowned(anchors: list[Anchor], streams: list[ResidualStream]) -> None:
     for stream in streams:
         if not any(anchor.owns(stream.owner, ()) for anchor in anchors):
@@ -180,6 +195,15 @@ def _refuse_unowned(anchors: list[Anchor], streams: list[ResidualStream]) -> Non
 
 def _plans(anchor: Anchor, streams: list[ResidualStream]) -> list[StreamPlan]:
     found = tuple(len(stream.branches) for stream in streams)
+    if len(found) > len(anchor.sites):
+        first, second = streams[0].branches[-1].value, streams[1].root
+        raise UnsupportedResidualError(
+            f"the residual stream of module {anchor.spec.owner or '(root)'!r} is not what it was when the model was "
+            f"rewritten: it is in {len(found)} pieces, of {', '.join(map(str, found))} branch outputs instead of "
+            f"{', '.join(map(str, anchor.sites))}. The first ends at {source_line(first)}, the second begins at "
+            f"{source_line(second)}. What lies between changes the stream: a hook that was added since, or a part of "
+            "the model that is active now, such as dropout, and was not then"
+        )
     if found != anchor.sites:
         last = f"; the last add seen is at {source_line(streams[-1].branches[-1].value)}" if streams else ""
         broken = _compat.last_graph_break()

@@ -88,15 +88,16 @@ def _image(size: int | tuple[int, int], channels: int) -> torch.Tensor:
 @contextlib.contextmanager
 def without_traces(model: nn.Module) -> Iterator[None]:
     """Whatever runs in this context leaves the model's buffers and the random state as they were."""
-    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
     try:
         with torch.random.fork_rng(), torch.no_grad():
             yield
     finally:
         with torch.no_grad():
-            for buffer, version, value in buffers:
-                # Nothing is written to a buffer that nothing was written to: another thread may be using it.
-                if buffer._version != version:
+            for buffer, value in buffers:
+                # Nothing is written to a buffer that has not changed: another thread may be using it. Its version does
+                # not tell, because batch norm writes without counting.
+                if not torch.equal(buffer, value):
                     buffer.copy_(value)
 
 

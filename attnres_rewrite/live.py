@@ -23,7 +23,7 @@ from attnres_rewrite.errors import NotRewrittenError
 from attnres_rewrite.inputs import Taken, compiled, give_back_compilation, take_compilation
 from attnres_rewrite.layer_guard import LayerGuard, install_guards, remove_guards
 from attnres_rewrite.live_state import LiveState
-from attnres_rewrite.output_hooks import install_output_hooks
+from attnres_rewrite.output_hooks import OwnCompiledCall, install_output_hooks, make_hooks_traceable
 
 
 class AttnResSite(nn.Module):
@@ -142,6 +142,7 @@ class LiveForward:
         if _is_traced() or torch.compiler.is_exporting() or _compat.compile_disabled():
             raise NotRewrittenError(not_rewritten_message(AnchorSpec.from_json(self.spec).owner))
         install_output_hooks(owner, kwargs)
+        make_hooks_traceable(owner)
         return state.run(self._compiled_here(), self, owner, *args, **kwargs)
 
     def _compiled_here(self) -> Callable[..., Any]:
@@ -244,6 +245,7 @@ class RootCall:
         if _is_traced():
             raise NotRewrittenError(not_rewritten_message(self.owner))
         install_output_hooks(self.model, kwargs)
+        make_hooks_traceable(self.model)
         return state.run(self.compiled, *args, **kwargs)
 
 
@@ -306,7 +308,11 @@ def install(
         layers: For every owner, the names of the modules that may run in its forward alone.
         state: What the owners share.
     """
-    state.taken = take_compilation([model.get_submodule(name) for name in _around(specs)])
+    around = [model.get_submodule(name) for name in _around(specs)]
+    state.taken = take_compilation(around)
+    for module in around:
+        if hasattr(module, "get_compiled_call"):
+            module.__dict__["get_compiled_call"] = OwnCompiledCall(module)
     for spec, site_widths in zip(specs, widths, strict=True):
         owner = model.get_submodule(spec.owner)
         like = next((p for p in owner.parameters() if p.is_floating_point()), None)
@@ -347,6 +353,9 @@ def uninstall(model: nn.Module) -> None:
             owner._forward_pre_hooks_with_kwargs.pop(key, None)
         taken, state.taken = [*taken, *state.taken], []
     remove_guards(model)
+    for module in model.modules():
+        if isinstance(module.__dict__.get("get_compiled_call"), OwnCompiledCall):
+            del module.__dict__["get_compiled_call"]
     if isinstance(model._compiled_call_impl, RootCall):
         model._compiled_call_impl = None
     model.__dict__.pop("_replicate_for_data_parallel", None)

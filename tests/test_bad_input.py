@@ -302,6 +302,106 @@ def test_graph_break_that_appears_only_later() -> None:
         model(embeddings())
 
 
+# A stream that is another one later
+
+
+class Dropping(Tower):
+    """Dropout on the stream itself; it does nothing in eval."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for layer in self.layers:
+            x = self.dropout(layer(x))
+        return self.head(self.norm(x))
+
+
+def test_dropout_on_the_stream_once_it_drops() -> None:
+    model = ar.rewrite(Dropping().eval(), 2, example_inputs=embeddings(), backend="eager")
+    model(embeddings())
+    with pytest.raises(ar.UnsupportedResidualError, match=r"is not what it was when the model was rewritten.*dropout"):
+        model.train()(embeddings())
+    model.eval()(embeddings())
+
+
+def test_a_hook_that_changes_the_stream_added_later() -> None:
+    model = ar.rewrite(Tower(3), 2, example_inputs=embeddings(), backend="eager")
+    direction = torch.ones(WIDTH) / WIDTH**0.5
+    hook = model.layers[1].register_forward_hook(lambda m, a, out: out - (out @ direction).unsqueeze(-1) * direction)
+    with pytest.raises(ar.UnsupportedResidualError, match=r"a hook was added since.*at module 'layers.1': .*direction"):
+        model(embeddings())
+    hook.remove()
+    model(embeddings())
+
+
+# What the user had compiled
+
+
+def compiled_method(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_forward(model: nn.Module) -> nn.Module:
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("compiles", [compiled_method, compiled_forward])
+@pytest.mark.parametrize("inside", [False, True], ids=["owner", "root"])
+def test_what_the_user_compiled_comes_back(compiles, inside) -> None:
+    x = embeddings()
+    model = prepared(Around(Tower(3), breaks=False) if inside else Tower(3))
+    reference = copy.deepcopy(model)
+    compiles(model)
+    call, forward = model._compiled_call_impl, model.__dict__.get("forward")
+    with pytest.raises(ar.BlockPartitionError):
+        ar.rewrite(model, 4, example_inputs=x)
+    assert (model._compiled_call_impl, model.__dict__.get("forward")) == (call, forward)
+    ar.explain(model, 2, example_inputs=x)
+    assert (model._compiled_call_impl, model.__dict__.get("forward")) == (call, forward)
+    randomise_sites(ar.rewrite(model, 2, example_inputs=x, backend="eager"))
+    assert relative_error(model(x), reference(x)) > 1e-2
+    assert relative_error(model.forward(x), reference(x)) > 1e-2
+    ar.undo(model)
+    assert (model._compiled_call_impl, model.__dict__.get("forward")) == (call, forward)
+    assert relative_error(model(x), reference(x)) < 1e-5
+
+
+class Counting(Broken):
+    """Counts its calls in every way that a module can."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(where)
+        self.calls, self.shapes, self.kinds = 0, [], {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.shapes.append(tuple(x.shape))
+        self.kinds[str(x.dtype)] = self.calls
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("where", ["nowhere", "after layer 0"])
+def test_python_counters_after_an_error(where) -> None:
+    model = Counting(where).train()
+    refused(model, ar.AttnResError, "", 9, example_inputs=embeddings())
+    assert (model.calls, model.shapes, model.kinds) == (0, [], {})
+    assert int(model.counter.num_batches_tracked) == 0
+
+
+def test_explaining_a_graph_module_leaves_its_submodules_alone() -> None:
+    module = traced_tower().train()
+    module.norm.eval()
+    ar.explain(module, 2, example_inputs=embeddings())
+    ar.rewrite(module, 2, example_inputs=embeddings())
+    assert not module.norm.training
+    assert module.layers.training
+
+
 # Graph modules
 
 

@@ -437,6 +437,26 @@ def test_the_fusions_of_onnx_runtime_still_apply(
     assert fusions((node.domain, node.op_type) for node in onnx.load(result.path).graph.node) == expected
 
 
+class Nothing(Tower):
+    """Returns a loss that is none, as nanoGPT does, and a number."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__(2)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        return (logits, None, logits * 2) if self.kind is tuple else {"loss": None, "logits": logits, "size": 3}
+
+
+@pytest.mark.parametrize(("kind", "outputs"), [(tuple, ("output_0", "output_2")), (dict, ("logits",))])
+def test_outputs_that_are_nothing(tmp_path: Path, kind: type, outputs: tuple[str, ...]) -> None:
+    model = randomise_sites(ar.rewrite(Nothing(kind).eval(), 2, example_inputs=embeddings(), backend="eager"))
+    result = ar.export_onnx(model, tmp_path / "model.onnx", embeddings())
+    assert result.outputs == outputs
+    assert result.max_difference < 1e-4
+
+
 def fusions(nodes: Iterable[tuple[str, str]]) -> Counter[str]:
     """How many operators of ONNX Runtime, and norms, there are.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, OutputKind
 
 from attnres_rewrite import _compat
 from attnres_rewrite.errors import OnnxExportError
@@ -98,7 +99,10 @@ def _name_outputs(model: ir.Model, names: Sequence[str]) -> None:
 
 
 def _output_names(program: ExportedProgram) -> list[str]:
-    names = _compat.output_names(program.call_spec.out_spec)
+    specs = (s for s in program.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT)
+    pairs = zip(_compat.output_names(program.call_spec.out_spec), specs, strict=True)
+    # What is None, or another constant, is no output of the ONNX model.
+    names = [name for name, spec in pairs if not isinstance(spec.arg, ConstantArgument)]
     # An output that is not in a mapping has only a position.
     return ["output" if not name else f"output_{name}" if name.isdecimal() else name for name in names]
 
