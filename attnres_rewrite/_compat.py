@@ -12,7 +12,7 @@ import inspect
 import logging
 import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch._functorch import config as functorch_config
 from torch._subclasses import FakeTensorMode
 from torch.backends import mha
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp as FakeTensorProp
+from torch.nn.modules import module as module_hooks
 
 
 def register_inductor_decomposition(op: torch._ops.OpOverload, decomposition: Callable[..., Any]) -> None:
@@ -91,6 +92,13 @@ def register_backend(name: str, backend: Callable[..., Any]) -> None:
 
     if name not in registry.list_backends(exclude_tags=None):
         registry.register_backend(compiler_fn=backend, name=name)
+
+
+def inductor_modes() -> list[str]:
+    """What ``torch.compile(mode=...)`` takes for Inductor."""
+    from torch._inductor import list_mode_options
+
+    return ["default", *(mode for mode in list_mode_options() if mode != "default")]
 
 
 def inductor_compile(
@@ -173,6 +181,32 @@ def unfused(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
     finally:
         mha._is_fastpath_enabled = before
+
+
+def active_dispatch_modes() -> list[Any]:
+    """The ``TorchDispatchMode`` objects, such as that of ``FlopCounterMode``, which watch what this thread computes."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    return list(_get_current_dispatch_mode_stack())
+
+
+@contextlib.contextmanager
+def without_dispatch_modes() -> Iterator[None]:
+    """A context in which they do not. Dynamo compiles nothing while they do, and cannot trace their module tracker."""
+    from torch.utils._python_dispatch import _disable_current_modes
+    from torch.utils.module_tracker import ModuleTracker
+
+    taken = []
+    for hooks in (module_hooks._global_forward_pre_hooks, module_hooks._global_forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), ModuleTracker):
+                taken.append((hooks, key, hooks.pop(key)))
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        for hooks, key, hook in taken:
+            hooks[key] = hook
 
 
 def compile_disabled() -> bool:

@@ -50,8 +50,8 @@ def rewrite(
 
     Args:
         model: A pre-norm transformer, before training.
-        blocks: Number N of blocks of whole layers, ``"full"``, or a mapping from owner name to either.
-            Default 8, or what ``config`` says.
+        blocks: Number N of blocks of whole layers, ``"full"``, the number of layers in every block
+            (``[2, 2, 4, 4]``), or a mapping from owner name to any of these. Default 8, or what ``config`` says.
         example_inputs: Inputs that the model runs on (a mapping: keyword arguments; a tuple:
             positional; a tensor: one positional argument). Left out, they are made from the model where
             it says what it takes.
@@ -86,9 +86,11 @@ def rewrite(
 
 
 def resolve_config(blocks: Blocks | None, config: AttnResConfig | None) -> AttnResConfig:
-    """The configuration that ``blocks`` and ``config`` mean together; ``blocks`` wins where given."""
+    """The configuration that ``blocks`` and ``config`` mean together; not both may say how layers are grouped."""
+    if config is not None and not isinstance(config, AttnResConfig):
+        raise TypeError(f"config is an AttnResConfig, not a {type(config).__name__}")
     config = config or AttnResConfig()
-    return config if blocks is None else dataclasses.replace(config, blocks=blocks)
+    return config if blocks is None else config.with_blocks(blocks)
 
 
 def _refuse_compile_options(backend: object, options: dict[str, Any]) -> None:
@@ -183,7 +185,7 @@ def _owners(model: nn.Module, analysis: Analysis) -> dict[str, list[StreamPlan]]
 
 def _spec(owner: str, plans: list[StreamPlan], config: AttnResConfig, plain: tuple[str, ...]) -> AnchorSpec:
     blocks = tuple(plan.block_sizes for plan in plans)
-    return AnchorSpec(owner, blocks, dataclasses.replace(config, blocks=1, streams=None), plain)
+    return AnchorSpec(owner, blocks, dataclasses.replace(config, blocks=8, layers_per_block=None, streams=None), plain)
 
 
 def explain(
@@ -198,6 +200,8 @@ def explain(
     The arguments and errors are those of :func:`rewrite`.
     """
     config = resolve_config(blocks, config)
+    if not isinstance(model, ExportedProgram | nn.Module):
+        raise TypeError(f"explain takes an nn.Module, an ExportedProgram or a GraphModule, not {type(model).__name__}")
     parameters = sum(p.numel() for p in model.parameters())
     if isinstance(model, ExportedProgram):
         return make_report(analyse([with_metadata(model.graph_module, None)], config), config, parameters)

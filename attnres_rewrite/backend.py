@@ -52,6 +52,8 @@ class AttnResBackend:
             raise TypeError(f"inner must be a backend's name or a callable, not {type(inner).__name__}")
         if isinstance(inner, str) and not _compat.is_backend(inner):
             raise ValueError(f"there is no backend {inner!r}: torch.compiler.list_backends() lists them")
+        if mode is not None and inner == "inductor" and mode not in (modes := _compat.inductor_modes()):
+            raise ValueError(f"there is no mode {mode!r} of Inductor: it has {', '.join(modes)}")
         self.inner, self.mode, self.options, self.plain_streams = inner, mode, options, plain_streams
         self.__name__ = "attnres"
 

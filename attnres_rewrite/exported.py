@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -157,7 +158,7 @@ class _Binder:
         self.state[name] = torch.nn.Parameter(torch.full((width,), start, dtype=root.dtype, device=root.device))
         position, self._parameters = self._parameters, self._parameters + 1
         with self.module.graph.inserting_before(self.placeholders[position]):
-            node = self.module.graph.placeholder("p_" + name.replace(".", "_"))
+            node = self.module.graph.placeholder("p_" + re.sub(r"\W", "_", name))
         with root.fake_mode:  # type: ignore[attr-defined]
             node.meta["val"] = torch.nn.Parameter(torch.empty(width, dtype=root.dtype, device=root.device))
         self.placeholders.insert(position, node)

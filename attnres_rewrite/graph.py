@@ -175,15 +175,15 @@ def submodule_of(node: Node) -> torch.nn.Module | None:
 
 
 _ROOT = re.compile(r"^[LG]\[[^\]]*\](\.__self__|\[\d+\])*")
-_INDEX = re.compile(r"\[['\"]?(\w+)['\"]?\]")
-_LIVE_OWNER = re.compile(r"(^|\.)forward\.owner(?=\.|$)|^owner(?=\.|$)")
+_INDEX = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
+_LIVE_OWNER = re.compile(r"(^|\.)forward\.attnres_owner(?=\.|$)|^attnres_owner(?=\.|$)")
 
 
 def normalise_path(path: str) -> str:
     """A module path as ``state_dict`` spells it, relative to the root of the trace.
 
     Dynamo writes ``L['self'].model.layers.0``, export ``model.layers.0``. The modules of a rewritten
-    owner are reached through its wrapped forward, which Dynamo spells ``model.forward.owner.layers.0``.
+    owner are reached through its wrapped forward, which Dynamo spells ``model.forward.attnres_owner.layers.0``.
     """
     path = _INDEX.sub(r".\1", _ROOT.sub("", path)).replace(".__dict__.", ".").replace("._modules.", ".").strip(".")
     return _LIVE_OWNER.sub("", path).strip(".")

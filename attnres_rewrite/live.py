@@ -98,7 +98,8 @@ class LiveForward:
     """
 
     def __init__(self, owner: nn.Module, spec: AnchorSpec, state: LiveState) -> None:
-        self.owner, self.state = owner, state
+        # No name that a module of a user's would have: graphs tell modules by their path.
+        self.attnres_owner, self.state = owner, state
         self.spec = spec.to_json()
         # The same in all copies.
         self.rewrite = uuid.uuid4().hex
@@ -108,7 +109,7 @@ class LiveForward:
 
     @property
     def __self__(self) -> nn.Module:
-        return self.owner
+        return self.attnres_owner
 
     @property
     def __func__(self) -> Callable[..., Any]:
@@ -130,7 +131,7 @@ class LiveForward:
         """Run the layers with AttnRes; raises :class:`NotRewrittenError` where that cannot be."""
         if args and isinstance(args[0], _CalledOn):
             return self.run(args[0].module, *args[1:], **kwargs)
-        return self.run(self.owner, *args, **kwargs)
+        return self.run(self.attnres_owner, *args, **kwargs)
 
     def run(self, owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The forward of ``owner``, which may be a shallow copy of the one that was rewritten."""
@@ -143,6 +144,8 @@ class LiveForward:
             raise NotRewrittenError(not_rewritten_message(AnchorSpec.from_json(self.spec).owner))
         install_output_hooks(owner, kwargs)
         make_hooks_traceable(owner)
+        if modes := _compat.active_dispatch_modes():
+            return state.run_watched(modes, _run_layers, self, owner, *args, **kwargs)
         return state.run(self._compiled_here(), self, owner, *args, **kwargs)
 
     def _compiled_here(self) -> Callable[..., Any]:
@@ -177,7 +180,7 @@ class LiveForward:
     @property
     def __signature__(self) -> inspect.Signature:
         # Libraries look at the signature of forward to see which arguments a model takes.
-        return inspect.signature(self.replaced or self._of_class.__get__(self.owner))
+        return inspect.signature(self.replaced or self._of_class.__get__(self.attnres_owner))
 
     @property
     def __code__(self) -> types.CodeType:
@@ -190,7 +193,7 @@ class LiveForward:
         return {name: value for name, value in self.__dict__.items() if name not in ("_compiled", "_of_class")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _compiled=None, _of_class=type(state["owner"]).forward)
+        self.__dict__.update(state, _compiled=None, _of_class=type(state["attnres_owner"]).forward)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LiveForward:
         new = object.__new__(LiveForward)
@@ -216,7 +219,7 @@ class TellsItsModule:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The arguments, after the module if that is not the owner."""
         sites: Any = module.attn_res
-        if sites.live.owner is module:
+        if sites.live.attnres_owner is module:
             return None
         if sites.live.replaced is not None:
             raise NotRewrittenError(
@@ -246,6 +249,8 @@ class RootCall:
             raise NotRewrittenError(not_rewritten_message(self.owner))
         install_output_hooks(self.model, kwargs)
         make_hooks_traceable(self.model)
+        if modes := _compat.active_dispatch_modes():
+            return state.run_watched(modes, _call, self.model, *args, **kwargs)
         return state.run(self.compiled, *args, **kwargs)
 
 
@@ -269,6 +274,10 @@ def _is_traced() -> bool:
 
 def _run_layers(forward: LiveForward, owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return forward.run_layers(owner, *args, **kwargs)
+
+
+def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return model._call_impl(*args, **kwargs)
 
 
 def live_forwards(model: nn.Module) -> Iterator[tuple[str, LiveForward]]:

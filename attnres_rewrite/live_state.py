@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.fx import GraphModule
 
 from attnres_rewrite import _compat
 from attnres_rewrite.backend import AttnResBackend
@@ -77,6 +78,30 @@ class LiveState:
             _compat.with_own_code(function), backend=backend or self.backend, **self.options
         )
         return compiled
+
+    def run_watched(self, modes: Sequence[Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call ``function`` with its graphs rewritten and interpreted, so that dispatch modes see every operator.
+
+        Args:
+            modes: The modes that are active, outermost first. Dynamo does nothing while they are, so it traces
+                without them.
+            function: What to compile.
+            *args: Its arguments.
+            **kwargs: Its keyword arguments.
+        """
+
+        def interpreted(module: GraphModule, _: list[Any]) -> Callable[..., Any]:
+            def run(*arguments: Any) -> Any:
+                with contextlib.ExitStack() as stack:
+                    for mode in modes:
+                        stack.enter_context(mode)
+                    return module.forward(*arguments)
+
+            return run
+
+        backend = AttnResBackend(interpreted, plain_streams=self.backend.plain_streams)
+        with _compat.without_dispatch_modes():
+            return self.run(self.compile(function, backend), *args, **kwargs)
 
     def run(self, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call what was compiled, as the model was captured."""

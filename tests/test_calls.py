@@ -200,3 +200,30 @@ def test_a_forward_on_the_object_does_not_change_the_blocks() -> None:
     torch._dynamo.reset()
     torch.testing.assert_close(model(**example).logits, expected)
     torch.testing.assert_close(ar.depth_attention(model, example).weights, weights, equal_nan=True)
+
+
+# Modes that watch what is computed
+
+
+@pytest.mark.parametrize("make", [lambda: (prepared(llama(2)), IDS), lambda: (prepared(Tower(LAYERS)), embeddings())])
+def test_a_mode_that_counts_operations(make) -> None:
+    """Dynamo compiles nothing while such a mode is active; the count is that of the plain model, in both passes."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, x = make()
+    plain = copy.deepcopy(model)
+    model = rewritten(model, example_inputs=x)
+    expected = model(x)
+
+    def counted(model: nn.Module) -> tuple[int, Tensor]:
+        with FlopCounterMode(display=False) as counter:
+            output = model(x)
+            output = output if isinstance(output, Tensor) else output.logits
+            output.sum().backward()
+        return counter.get_total_flops(), output
+
+    flops, output = counted(model)
+    assert relative_error(output, expected if isinstance(expected, Tensor) else expected.logits) < TOLERANCE
+    assert flops == counted(plain)[0] > 0
+    assert all(parameter.grad is not None for _, parameter in ar.attnres_parameters(model))
+    assert isinstance(model(x), type(expected))

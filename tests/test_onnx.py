@@ -438,7 +438,7 @@ def test_the_fusions_of_onnx_runtime_still_apply(
 
 
 class Nothing(Tower):
-    """Returns a loss that is none, as nanoGPT does, and a number."""
+    """Returns a loss that is none, as nanoGPT does."""
 
     def __init__(self, kind: type) -> None:
         super().__init__(2)
@@ -446,7 +446,7 @@ class Nothing(Tower):
 
     def forward(self, x: Tensor) -> Any:
         logits = super().forward(x)
-        return (logits, None, logits * 2) if self.kind is tuple else {"loss": None, "logits": logits, "size": 3}
+        return (logits, None, logits * 2) if self.kind is tuple else {"loss": None, "logits": logits}
 
 
 @pytest.mark.parametrize(("kind", "outputs"), [(tuple, ("output_0", "output_2")), (dict, ("logits",))])

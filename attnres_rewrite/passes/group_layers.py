@@ -33,7 +33,7 @@ class GroupLayers(Pass):
         else:
             sizes = partition_layers(
                 len(layers),
-                blocks=blocks if config.layers_per_block is None else None,  # type: ignore[arg-type]
+                blocks=None if config.layers_per_block is not None or isinstance(blocks, str) else blocks,
                 layers_per_block=config.layers_per_block,
             )
             block_of_layer = [block for block, size in enumerate(sizes) for _ in range(size)]
