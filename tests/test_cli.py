@@ -263,7 +263,7 @@ def test_weights_that_do_not_fit_are_told_by_name(tmp_path, fault, message):
     torch.save(faulty(model.state_dict(), fault), path)
     before = model.model.norm.weight.clone()
     with pytest.raises(cli.CommandError) as caught:
-        cli.load_weights(model, path)
+        named_models.load_weights(model, path)
     assert str(caught.value).startswith(f"--weights {path} ")
     assert message in str(caught.value)
     assert torch.equal(model.model.norm.weight, before)
@@ -286,7 +286,7 @@ def test_a_configuration_makes_no_weights(tmp_path):
     from transformers import LlamaConfig
 
     tiny_config(LlamaConfig).save_pretrained(tmp_path)
-    model, inputs = cli.load_model(str(tmp_path))
+    model, inputs = named_models.load_model(str(tmp_path))
     assert inputs is None
     assert type(model).__name__ == "LlamaForCausalLM"
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -343,7 +343,7 @@ def test_the_extras_are_those_of_the_project():
     import tomllib
 
     project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
-    for module, extra in cli.EXTRAS.items():
+    for module, extra in named_models.EXTRAS.items():
         assert any(entry.startswith(module) for entry in project["optional-dependencies"][extra]), module
 
 
