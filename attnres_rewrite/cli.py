@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,7 +14,7 @@ from attnres_rewrite.named_models import CommandError, is_config_folder, load_mo
 if TYPE_CHECKING:
     import typer
 
-    from attnres_rewrite import OnnxExport
+    from attnres_rewrite import AttnResConfig, OnnxExport
 
 PROVIDERS = ("cpu", "cuda", "webgpu", "dml")
 SCHEDULES = ("auto", "per_read", "two_phase")
@@ -36,6 +36,13 @@ def make_app() -> "typer.Typer":
     """The command line as a typer application."""
     import typer
 
+    blocks_help = 'Number of blocks, "full", or the layers in every block, such as 2,2,4,4.'
+    Blocks = Annotated[str, typer.Option(help=blocks_help)]
+    LayersPerBlock = Annotated[int | None, typer.Option(help="Instead of --blocks: groups of this many layers.")]
+    Aggregation = Annotated[str, typer.Option(help="mean (the paper's) or sum (starts as the plain model everywhere).")]
+    Streams = Annotated[list[str] | None, typer.Option(help="Owner of a stream to rewrite, once for each; else all.")]
+    Model = Annotated[str, typer.Argument(help="A Hugging Face config folder, or module:factory.")]
+
     app = typer.Typer(
         help="Block Attention Residuals for the transformer you already have.",
         no_args_is_help=True,
@@ -56,21 +63,26 @@ def make_app() -> "typer.Typer":
 
     @app.command()
     def explain(
-        model: Annotated[str, typer.Argument(help="A Hugging Face config folder, or module:factory.")],
-        blocks: Annotated[str, typer.Option(help='Number of blocks, or "full".')] = "8",
+        model: Model,
+        blocks: Blocks = "8",
+        layers_per_block: LayersPerBlock = None,
+        aggregation: Aggregation = "mean",
+        streams: Streams = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     ) -> None:
         """Show the residual streams of a model and what a rewrite would do; no weights are loaded."""
         with telling_errors(as_json):
-            print(explain_model(model, parse_blocks(blocks), as_json=as_json))
+            config = make_config(blocks, layers_per_block, aggregation, streams)
+            print(explain_model(model, config, as_json=as_json))
 
     @app.command()
     def export(
-        model: Annotated[str, typer.Argument(help="A Hugging Face config folder, or module:factory.")],
+        model: Model,
         out: Annotated[Path, typer.Option("--out", "-o", help="The ONNX file to write.")],
-        blocks: Annotated[
-            str, typer.Option(help='Number of blocks, or "full"; a model that comes rewritten keeps its own.')
-        ] = "8",
+        blocks: Annotated[str, typer.Option(help=f"{blocks_help} A model that comes rewritten keeps its own.")] = "8",
+        layers_per_block: LayersPerBlock = None,
+        aggregation: Aggregation = "mean",
+        streams: Streams = None,
         weights: Annotated[
             Path | None, typer.Option(help="A state_dict: .safetensors, or as torch.save writes it.")
         ] = None,
@@ -94,12 +106,16 @@ def make_app() -> "typer.Typer":
             "tolerance": tolerance,
         }
         with telling_errors(as_json):
-            print(export_model(model, out, parse_blocks(blocks), weights, as_json=as_json, **options))
+            config = make_config(blocks, layers_per_block, aggregation, streams)
+            print(export_model(model, out, config, weights, as_json=as_json, **options))
 
     @app.command()
     def bench(
-        model: Annotated[str, typer.Argument(help="A Hugging Face config folder, or module:factory.")],
-        blocks: Annotated[str, typer.Option(help='Number of blocks, or "full".')] = "8",
+        model: Model,
+        blocks: Blocks = "8",
+        layers_per_block: LayersPerBlock = None,
+        aggregation: Aggregation = "mean",
+        streams: Streams = None,
         batch: Annotated[int | None, typer.Option(min=1, help="Sequences of tokens; else 2, or the example's.")] = None,
         length: Annotated[int | None, typer.Option(min=1, help="Tokens in each; else 256, or the example's.")] = None,
         rounds: Annotated[int, typer.Option(min=1, help="Timed rounds: a step of each form.")] = 20,
@@ -123,6 +139,9 @@ def make_app() -> "typer.Typer":
             json_file,
             alone=alone,
             blocks=parse_blocks(blocks),
+            layers_per_block=layers_per_block,
+            aggregation=aggregation,
+            streams=streams,
             batch=batch,
             length=length,
             rounds=rounds,
@@ -158,18 +177,41 @@ def telling_errors(as_json: bool) -> "Iterator[None]":
         raise typer.Exit(1) from error
 
 
-def parse_blocks(text: str) -> int | Literal["full"]:
-    """``"full"`` or a number.
+def parse_blocks(text: str) -> "int | Literal['full'] | tuple[int, ...]":
+    """``"full"``, a number, or numbers with commas between them.
 
     Raises:
-        CommandError: The text is neither.
+        CommandError: The text is none of these.
     """
     if text == "full":
         return "full"
     try:
-        return int(text)
+        sizes = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise CommandError(f'--blocks takes a number or "full", not {text!r}') from None
+        raise CommandError(
+            f'--blocks takes a number or "full", or the layers in every block (2,2,4,4), not {text!r}'
+        ) from None
+    return sizes[0] if len(sizes) == 1 else sizes
+
+
+def make_config(
+    blocks: str, layers_per_block: int | None, aggregation: str, streams: Sequence[str] | None
+) -> "AttnResConfig":
+    """The configuration that the options of a command mean.
+
+    Raises:
+        CommandError: An option has no such value.
+        BlockPartitionError: The options say twice how layers are grouped.
+    """
+    from attnres_rewrite import AttnResConfig, AttnResError
+
+    chosen: Any = {"layers_per_block": layers_per_block, "aggregation": aggregation, "streams": streams or None}
+    try:
+        return AttnResConfig(parse_blocks(blocks), **chosen)
+    except AttnResError:
+        raise
+    except ValueError as error:
+        raise CommandError(f"--{error}") from error
 
 
 def run_demo(**settings: Any) -> None:
@@ -225,7 +267,7 @@ def run_bench(name: str, json_file: Path | None, *, alone: bool, **settings: Any
         result.save(json_file)
 
 
-def explain_model(name: str, blocks: int | Literal["full"], *, as_json: bool = False) -> str:
+def explain_model(name: str, config: "AttnResConfig", *, as_json: bool = False) -> str:
     """The report of :func:`attnres_rewrite.explain` on a model named on the command line.
 
     Raises:
@@ -234,14 +276,14 @@ def explain_model(name: str, blocks: int | Literal["full"], *, as_json: bool = F
     from attnres_rewrite import explain
 
     model, example_inputs = load_model(name)
-    report = explain(model, blocks, example_inputs=example_inputs)
+    report = explain(model, config=config, example_inputs=example_inputs)
     return json.dumps(report.to_dict(), indent=1) if as_json else str(report)
 
 
 def export_model(
     name: str,
     out: Path,
-    blocks: int | Literal["full"],
+    config: "AttnResConfig",
     weights: Path | None,
     *,
     as_json: bool = False,
@@ -252,7 +294,7 @@ def export_model(
     Args:
         name: As for :func:`load_model`.
         out: The file to write.
-        blocks: Number of blocks, for a model that is not rewritten yet.
+        config: How a model is rewritten that is not yet.
         weights: A file for :func:`load_weights`.
         as_json: Whether to tell it as JSON.
         **options: Those of :func:`attnres_rewrite.export_onnx`.
@@ -272,7 +314,7 @@ def export_model(
         if not any(attnres_parameters(model)):
             # Only the export runs the model, so that no kernel is worth compiling; a graph takes no backend.
             backend = "inductor" if isinstance(model, GraphModule) else "eager"
-            model = rewrite(model, blocks, example_inputs=example_inputs, backend=backend)
+            model = rewrite(model, config=config, example_inputs=example_inputs, backend=backend)
         if weights is not None:
             origin = load_weights(model, weights)
         elif is_config_folder(name):

@@ -135,7 +135,7 @@ def _is_number(value: object) -> bool:
 
 def _check_count(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        extra = ', "full" or a list of sizes' if name == "blocks" else ""
+        extra = ', or "full"' if name == "blocks" else ""
         raise BlockPartitionError(f"{name} must be a positive integer{extra}, not {value!r}")
 
 

@@ -122,7 +122,21 @@ def test_more_blocks_than_layers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("aggregation", "max"), ("eps", -1e-6), ("schedule", "fast"), ("eps", float("nan"))]
+    ("field", "value"),
+    [
+        ("aggregation", "max"),
+        ("eps", -1e-6),
+        ("eps", float("nan")),
+        ("eps", "1e-6"),
+        ("schedule", "fast"),
+        ("scale", float("nan")),
+        ("scale", float("inf")),
+        ("scale", "1"),
+        ("scale", True),
+        ("key_gain", "no"),
+        ("key_gain", 1),
+        ("streams", (1,)),
+    ],
 )
 def test_configuration_out_of_range(field, value) -> None:
     with pytest.raises(ValueError, match=f"{field} must"):
@@ -453,6 +467,8 @@ def test_what_is_no_model(value) -> None:
         TypeError, match=f"takes an nn.Module, an ExportedProgram or a GraphModule, not {type(value).__name__}"
     ):
         ar.rewrite(value)
+    with pytest.raises(TypeError, match=f"explain takes an nn.Module, .*, not {type(value).__name__}"):
+        ar.explain(value)
 
 
 def test_unknown_options() -> None:
@@ -463,6 +479,10 @@ def test_unknown_options() -> None:
     for backend in (3, None):
         with pytest.raises(TypeError, match="inner must be a backend's name or a callable, not"):
             ar.rewrite(model, 2, backend=backend)
+    with pytest.raises(ValueError, match=r"no mode .reduce_overhead. of Inductor: it has default, .*reduce-overhead"):
+        ar.rewrite(model, 2, mode="reduce_overhead")
+    with pytest.raises(TypeError, match="config is an AttnResConfig, not a dict"):
+        ar.rewrite(model, config={"blocks": 2})
     with pytest.raises(ValueError, match=r"no backend 'indcutor': torch\.compiler\.list_backends\(\)"):
         ar.rewrite(model, 2, backend="indcutor")
     before.check()

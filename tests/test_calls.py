@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import (
     VOCAB,
+    Block,
     Tower,
     embeddings,
     export,
@@ -227,3 +228,52 @@ def test_a_mode_that_counts_operations(make) -> None:
     assert flops == counted(plain)[0] > 0
     assert all(parameter.grad is not None for _, parameter in ar.attnres_parameters(model))
     assert isinstance(model(x), type(expected))
+
+
+# Names that are unusual
+
+
+class Owner(nn.Module):
+    """The root has an attribute called owner, in which the layers have a name that is no Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.owner = Named()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.owner(x)
+
+
+class Named(Tower):
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.layers = nn.ModuleDict({"a-b": Stack()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.layers["a-b"](self.embed(x))))
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_modules_with_unusual_names() -> None:
+    x, plain = embeddings(), prepared(Owner())
+    live = rewritten(copy.deepcopy(plain), example_inputs=x)
+    names = [name for name, _ in ar.attnres_parameters(live)]
+    assert names[0] == "owner.layers.a-b.attn_res.0.query"
+    (stream,) = ar.explain(plain, BLOCKS, example_inputs=x).streams
+    assert (stream.owner, stream.layers[0]) == ("owner.layers.a-b", "owner.layers.a-b.blocks.0")
+    assert ar.verify(live, x)
+    program = ar.rewrite(torch.export.export(plain, (x,)), BLOCKS).module()
+    graph = ar.rewrite(torch.fx.symbolic_trace(plain), BLOCKS, example_inputs=x)
+    for form in (program, graph):
+        assert len(list(ar.attnres_parameters(form))) == len(names)
+        assert relative_error(form(x), plain(x)) < 1e-3

@@ -14,7 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import attnres_rewrite.demo
-from attnres_rewrite import OnnxExport, attnres_parameters, cli, rewrite
+from attnres_rewrite import OnnxExport, attnres_parameters, cli, named_models, rewrite
 from attnres_rewrite.demo import DemoSettings
 
 
@@ -97,6 +97,33 @@ def main(monkeypatch, capsys, *arguments) -> tuple[int, str]:
     with pytest.raises(SystemExit) as caught:
         cli.main()
     return caught.value.code, capsys.readouterr().err
+
+
+def test_options_that_say_how_layers_are_grouped(run):
+    options = ("--json", "test_cli:make_tiny_llama")
+    for arguments, sizes in (
+        (("--blocks", "1,3"), [1, 3]),
+        (("--layers-per-block", "3"), [3, 1]),
+        (("--blocks", "2", "--streams", "model", "--aggregation", "sum"), [2, 2]),
+    ):
+        result = run("explain", *options, *arguments)
+        assert result.exit_code == 0, result.output
+        assert [len(block) for block in json.loads(result.output)["streams"][0]["blocks"]] == sizes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--blocks", "2", "--layers-per-block", "2"), "both say how the layers are grouped"),
+        (("--aggregation", "max"), "--aggregation must be one of ('mean', 'sum'), not 'max'"),
+        (("--blocks", "2", "--streams", "nowhere"), "streams names ['nowhere']"),
+        (("--blocks", "2,x"), "--blocks takes a number or"),
+    ],
+)
+def test_options_that_do_not_fit(monkeypatch, capsys, options, message):
+    status, error = main(monkeypatch, capsys, "explain", "test_cli:make_tiny_llama", *options)
+    assert status == 1
+    assert message in error
 
 
 def test_demo_defaults_are_those_of_the_settings(settings_of):
