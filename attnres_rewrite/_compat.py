@@ -8,30 +8,72 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import hashlib
+import importlib.abc
+import importlib.util
 import inspect
 import logging
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch._dynamo
 import torch.utils._pytree as pytree
-from torch._functorch import config as functorch_config
 from torch._subclasses import FakeTensorMode
 from torch.backends import mha
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp as FakeTensorProp
 from torch.nn.modules import module as module_hooks
 
+if TYPE_CHECKING:
+    # At run time torch imports it at first use; it takes seconds.
+    import torch._dynamo
+
+
+_INDUCTORS_TABLE = "torch._inductor.decomposition"
+_expansions: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+
 
 def register_inductor_decomposition(op: torch._ops.OpOverload, decomposition: Callable[..., Any]) -> None:
-    """Let Inductor expand ``op`` by ``decomposition`` instead of calling it as an opaque kernel."""
-    from torch._inductor import decomposition as table
+    """Let Inductor expand ``op`` by ``decomposition`` instead of calling it as an opaque kernel.
 
-    table.decompositions[op] = decomposition
+    Inductor takes seconds to import. Where it is not imported yet, its table gets the expansion when it is, whoever
+    imports it: a rewritten program that was loaded from a file is compiled without any other part of this package.
+    """
+    _expansions[op] = decomposition
+    if _INDUCTORS_TABLE in sys.modules:
+        _fill_table(sys.modules[_INDUCTORS_TABLE])
+    elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _OnImport())
+
+
+def _fill_table(table: Any) -> None:
+    table.decompositions.update(_expansions)
     # The table that Inductor really uses is a cached copy of this one.
     table.fast_random_decomps.cache_clear()
+
+
+class _OnImport(importlib.abc.MetaPathFinder):
+    """Fills Inductor's table of decompositions right after it is imported."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != _INDUCTORS_TABLE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def execute_and_fill(module: types.ModuleType) -> None:
+            execute(module)
+            _fill_table(module)
+
+        spec.loader.exec_module = execute_and_fill  # type: ignore[method-assign]
+        return spec
 
 
 def is_checkpoint(node: torch.fx.Node) -> bool:
@@ -113,6 +155,7 @@ def inductor_compile(
     ``joint_pass`` is run over the graph of forward and backward before it is partitioned into the two.
     """
     import torch._inductor as inductor
+    from torch._functorch import config as functorch_config
 
     patches = dict(inductor.list_mode_options(mode)) if mode and mode != "default" else {}
     patches.update(options or {})
@@ -121,8 +164,18 @@ def inductor_compile(
     # The cache of compiled autograd graphs does not look at these tags, so it would not tell two models apart of
     # which one is checkpointed.
     tagged = any("ac_graph_id" in node.meta for node in module.graph.nodes)
-    with functorch_config.patch(enable_autograd_cache=False) if tagged else contextlib.nullcontext():
+    cached = functorch_config.patch(enable_autograd_cache=False) if tagged else contextlib.nullcontext()
+    tag = f"{torch.compiler.config.cache_key_tag}attnres-{_expansions_version()}"
+    with cached, torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         return inductor.compile(module, inputs, options=patches)
+
+
+@functools.cache
+def _expansions_version() -> str:
+    """What the caches on disk, which know an operator by its name alone, tell its expansions apart by."""
+    folder = Path(__file__).parent / "ops"
+    sources = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+    return hashlib.sha256(sources).hexdigest()[:16]
 
 
 def _inductor_pass(function: Callable[[torch.fx.Graph], None], before: Any) -> Any:
@@ -264,17 +317,20 @@ def is_in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def capturing_scalars(capture: bool) -> contextlib.AbstractContextManager[Any]:
-    """A context in which, where ``capture`` says so, Dynamo takes ``tensor.item()`` into the graph and goes on."""
-    return torch._dynamo.config.patch(capture_scalar_outputs=True) if capture else contextlib.nullcontext()
+def tracing_settings(scalars: bool) -> contextlib.AbstractContextManager[Any]:
+    """A context for a call that may be traced: Dynamo leaves out what transformers logs in the forward of its models.
 
-
-def ignore_logged_warnings() -> None:
-    """Let Dynamo leave out ``logger.warning_once``, which transformers adds and calls in the forward of its models."""
+    Args:
+        scalars: Whether Dynamo takes ``tensor.item()`` into the graph, and goes on.
+    """
+    config, changes = torch._dynamo.config, dict[str, Any]()
+    if scalars:
+        changes["capture_scalar_outputs"] = True
+    # ``logger.warning_once``, which transformers adds to the class.
     warn_once = getattr(logging.Logger, "warning_once", None)
-    if warn_once is not None:
-        config = torch._dynamo.config
-        config.ignore_logging_functions = {*config.ignore_logging_functions, warn_once}
+    if warn_once is not None and warn_once not in config.ignore_logging_functions:
+        changes["ignore_logging_functions"] = {*config.ignore_logging_functions, warn_once}
+    return config.patch(**changes) if changes else contextlib.nullcontext()
 
 
 def isolated_compile_options() -> dict[str, Any]:

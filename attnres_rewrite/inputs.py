@@ -222,11 +222,10 @@ def compiled(
         with _compat.refusing_graph_breaks(one_graph):
             return _compat.unfused(function, *args, **kwargs)
 
-    _compat.ignore_logged_warnings()
     call = torch.compile(_compat.with_own_code(forward), backend=backend)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with _compat.capturing_scalars(scalars):
+        with _compat.tracing_settings(scalars):
             return call(*args, **kwargs)
 
     return run

@@ -234,7 +234,6 @@ class RootCall:
 
     def __init__(self, model: nn.Module, state: LiveState, owner: str) -> None:
         self.model, self.state, self.owner = model, state, owner
-        _compat.ignore_logged_warnings()
         model.compile(backend=state.backend, **state.options, **_compat.isolated_compile_options())
         self.compiled: Any = model._compiled_call_impl
 

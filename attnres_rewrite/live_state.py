@@ -73,7 +73,6 @@ class LiveState:
 
     def compile(self, function: Callable[..., Any], backend: AttnResBackend | None = None) -> Callable[..., Any]:
         """``function``, compiled by ``backend`` or that of the model, with a cache of its own."""
-        _compat.ignore_logged_warnings()
         compiled: Callable[..., Any] = torch.compile(
             _compat.with_own_code(function), backend=backend or self.backend, **self.options
         )
@@ -105,7 +104,7 @@ class LiveState:
 
     def run(self, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call what was compiled, as the model was captured."""
-        with _compat.capturing_scalars(self.scalars):
+        with _compat.tracing_settings(self.scalars):
             return compiled(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:

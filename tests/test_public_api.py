@@ -138,6 +138,45 @@ def test_importing_the_package_imports_no_optional_dependency() -> None:
         assert f"'{name}'" not in modules
 
 
+SETTINGS = """
+import sys, torch
+import torch.compiler.config as public
+import torch.fx.experimental._config
+def settings():
+    import torch._functorch.config, torch._inductor.config
+    modules = (public, torch._dynamo.config, torch._functorch.config, torch._inductor.config)
+    return [(m.__name__, name, entry.user_override) for m in modules for name, entry in m._config.items()]
+"""
+
+
+def test_importing_the_package_is_lazy_and_sets_nothing() -> None:
+    """Neither Dynamo nor Inductor, which take seconds, and no setting of either."""
+    code = "import sys, attnres_rewrite; print([m for m in ('torch._dynamo', 'torch._inductor') if m in sys.modules])"
+    assert run_python(code).stdout.strip() == "[]"
+    code = SETTINGS + "import torch._dynamo; a = settings(); import attnres_rewrite; print(settings() == a)"
+    assert run_python(code).stdout.strip() == "True"
+    # Nor do rewriting and running a model leave a setting behind, with transformers there, whose logging is ignored.
+    code = (
+        SETTINGS
+        + "import transformers, torch._dynamo; a = settings(); "
+        + REWRITE.replace("embeddings())", "embeddings(), backend='eager')(embeddings())")
+    )
+    code += "; print([(x, y) for x, y in zip(settings(), a) if x != y])"
+    assert run_python(code).stdout.strip() == "[]"
+
+
+def test_inductor_expands_the_operators_whoever_imports_it() -> None:
+    code = """
+import attnres_rewrite, torch
+from torch._inductor import decomposition
+names = ("block_attn_res", "attend_blocks", "merge_partial")
+ops = [name + suffix for name in names for suffix in ("", "_backward")]
+tables = (decomposition.decompositions, decomposition.fast_random_decomps())
+print(all(getattr(torch.ops.attnres, op).default in table for op in ops for table in tables))
+"""
+    assert run_python(code).stdout.strip() == "True"
+
+
 def test_private_torch_modules_are_named_in_one_file() -> None:
     """DESIGN: a new PyTorch release is checked by reading `_compat.py`."""
     private = ("torch._dynamo.", "torch._inductor.", "torch._functorch.", "from torch._dynamo", "import torch._")
