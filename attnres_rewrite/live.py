@@ -138,7 +138,8 @@ class LiveForward:
         if torch.compiler.is_dynamo_compiling():
             return self.run_layers(owner, *args, **kwargs)
         state = self.state
-        if state.undone or not state.enabled:
+        # Plain residuals too are compiled where another backend is to see them.
+        if state.undone or (not state.enabled and state.override is None):
             return self.original(owner, *args, **kwargs)
         if _is_traced() or torch.compiler.is_exporting() or _compat.compile_disabled():
             raise NotRewrittenError(not_rewritten_message(AnchorSpec.from_json(self.spec).owner))
