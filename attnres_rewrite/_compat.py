@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch._dynamo
 
 
+_NO_LIMIT = 2**30
 _INDUCTORS_TABLE = "torch._inductor.decomposition"
 _expansions: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
@@ -331,6 +332,11 @@ def tracing_settings(scalars: bool) -> contextlib.AbstractContextManager[Any]:
     if warn_once is not None and warn_once not in config.ignore_logging_functions:
         changes["ignore_logging_functions"] = {*config.ignore_logging_functions, warn_once}
     return config.patch(**changes) if changes else contextlib.nullcontext()
+
+
+def without_recompile_limit() -> Any:
+    """A context in which Dynamo goes on compiling code that it has compiled many times, for other models."""
+    return torch._dynamo.config.patch(recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT)
 
 
 def isolated_compile_options() -> dict[str, Any]:

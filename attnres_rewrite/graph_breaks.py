@@ -131,6 +131,9 @@ def _runs(model: nn.Module, call: Call) -> list[_Run]:
         graph = GraphModule(module, copy.deepcopy(module.graph))
         _add_prefix(model, graph, arguments, names)
         runs.append(_Run(graph, arguments, outputs, find_streams(graph)))
+    # Dynamo keeps what it compiled, with the function above, as long as the code it came from, which may be a
+    # library's. So the weights must not hang on that.
+    recorded.clear()
     return runs
 
 

@@ -222,10 +222,10 @@ def compiled(
         with _compat.refusing_graph_breaks(one_graph):
             return _compat.unfused(function, *args, **kwargs)
 
-    call = torch.compile(_compat.with_own_code(forward), backend=backend)
+    call = torch.compile(_compat.with_own_code(forward), backend=backend, **_compat.isolated_compile_options())
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with _compat.tracing_settings(scalars):
+        with _compat.tracing_settings(scalars), _compat.without_recompile_limit():
             return call(*args, **kwargs)
 
     return run

@@ -108,6 +108,11 @@ class _Run:
 
         return run
 
+    def forget(self) -> None:
+        """Drop the outputs: Dynamo keeps what it compiled, and so this, for longer."""
+        self.wide.clear()
+        self.narrow.clear()
+
     def difference_to_plain(self) -> float:
         """The largest relative difference of any output of any graph; infinite if other graphs ran."""
         assert self.plain is not None
@@ -166,12 +171,15 @@ def verify(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ver
     summing, own = _VerifyingBackend(_Run(plain), "sum"), _VerifyingBackend(_Run(plain), None)
     for backend in (summing, own):
         _run(model, call, backend)
+    differences = summing.run.difference_to_plain(), own.run.difference_to_plain()
+    for run in (plain, summing.run, own.run):
+        run.forget()
     narrowest = max(plain.narrowest, summing.run.narrowest, key=lambda dtype: torch.finfo(dtype).eps)
     wide = narrowest == torch.float64
     return Verification(
         sites=summing.sites,
-        sum_difference=summing.run.difference_to_plain(),
-        difference=own.run.difference_to_plain(),
+        sum_difference=differences[0],
+        difference=differences[1],
         aggregation=own.used,
         tolerance=_TOLERANCE if wide else _TOLERANCE_IN_EPSILONS * torch.finfo(narrowest).eps,
         without_norm=tuple(dict.fromkeys(own.without_norm)),

@@ -1,7 +1,9 @@
 """Bad input gets a typed error that names the cause and the next step, and leaves the model as it was."""
 
 import copy
+import gc
 import re
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -300,6 +302,29 @@ def test_graph_breaks_outside_the_owner_are_fine(depth) -> None:
     assert relative_error(rewritten(x), original(x)) < 1e-9
     randomise_sites(rewritten)
     assert relative_error(rewritten(x), original(x)) > 1e-2
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+@pytest.mark.parametrize("verb", ["explain", "rewrite", "refuse", "verify"])
+def test_many_models_of_one_class_one_after_the_other(verb, breaks) -> None:
+    """Dynamo keeps caches, and counts, for the code that they share; their weights must not hang on these."""
+    x, alive = embeddings(), []
+    # Dynamo's limit of recompilations is eight.
+    count = 9 if breaks and verb == "explain" else 2
+    for number in range(count):
+        model = Around(Tower(2), breaks)
+        alive.append(weakref.ref(model.inner.layers[0].first.up.weight))
+        if verb == "explain":
+            assert ar.explain(model, 2, example_inputs=x).streams[0].branches == 4, number
+        elif verb == "refuse":
+            with pytest.raises(ar.BlockPartitionError):
+                ar.rewrite(model, 3, example_inputs=x)
+        else:
+            ar.rewrite(model, 2, example_inputs=x, backend="eager")
+            assert verb == "rewrite" or ar.verify(model, x)
+        del model
+        gc.collect()
+    assert [reference() for reference in alive] == [None] * count
 
 
 def test_graph_break_that_appears_only_later() -> None:
