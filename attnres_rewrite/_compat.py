@@ -223,6 +223,32 @@ def compiled_function(function: Any) -> Callable[..., Any] | None:
     return original
 
 
+def compiled_call(module: torch.nn.Module) -> Any:
+    """What ``module.compile()`` made, which a call of ``module`` runs; ``None`` if it is not compiled."""
+    return module._compiled_call_impl
+
+
+def set_compiled_call(module: torch.nn.Module, call: Any) -> None:
+    """Let a call of ``module`` run ``call``; with ``None`` its hooks and its forward, as ever."""
+    module._compiled_call_impl = call
+
+
+def call_uncompiled(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The hooks and the forward of ``module``, past what :func:`compiled_call` gives."""
+    return module._call_impl(*args, **kwargs)
+
+
+# The method by which ``nn.DataParallel`` makes a copy for another device: a shallow one.
+REPLICATE = "_replicate_for_data_parallel"
+
+
+def remove_pre_hooks(module: torch.nn.Module, kind: type) -> None:
+    """Take the forward pre-hooks that are a ``kind`` off ``module``, whose handles a copy does not have."""
+    for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, kind)]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 def unfused(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call ``function`` with the fused kernel of ``nn.TransformerEncoderLayer`` off.
 

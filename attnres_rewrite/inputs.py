@@ -157,16 +157,17 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
         give_back_compilation(taken)
 
 
-Taken = list[tuple[nn.Module, str, Any]]
+# Module, the attribute or None for what a call of it runs, and the value.
+Taken = list[tuple[nn.Module, str | None, Any]]
 
 
 def take_compilation(modules: Sequence[nn.Module]) -> Taken:
     """Take off what a user has compiled of ``modules`` themselves: by ``module.compile()``, or as their ``forward``."""
     taken: Taken = []
     for module in modules:
-        if module._compiled_call_impl is not None:
-            taken.append((module, "_compiled_call_impl", module._compiled_call_impl))
-            module._compiled_call_impl = None
+        if (call := _compat.compiled_call(module)) is not None:
+            taken.append((module, None, call))
+            _compat.set_compiled_call(module, None)
         forward = module.__dict__.get("forward")
         original = _compat.compiled_function(forward)
         if original is not None:
@@ -180,7 +181,10 @@ def take_compilation(modules: Sequence[nn.Module]) -> Taken:
 def give_back_compilation(taken: Taken) -> None:
     """Undo :func:`take_compilation`."""
     for module, name, value in taken:
-        module.__dict__[name] = value
+        if name is None:
+            _compat.set_compiled_call(module, value)
+        else:
+            module.__dict__[name] = value
 
 
 def run_plainly(model: nn.Module, call: Call) -> None:

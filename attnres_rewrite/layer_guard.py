@@ -91,5 +91,4 @@ def install_guards(model: nn.Module, names: Iterable[str], guard: LayerGuard) ->
 def remove_guards(model: nn.Module) -> None:
     """Take the guards off every module of ``model``."""
     for module in model.modules():
-        for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, LayerGuard)]:
-            del module._forward_pre_hooks[key]
+        _compat.remove_pre_hooks(module, LayerGuard)

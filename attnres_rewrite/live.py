@@ -121,7 +121,7 @@ class LiveForward:
 
     def of(self, owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The forward of ``owner``, the module that was rewritten or a copy of it, as it is now."""
-        sites = owner._modules.get("attn_res")
+        sites = getattr(owner, "attn_res", None)
         if isinstance(sites, AttnResSites) and sites.live.rewrite == self.rewrite:
             return sites.live.run(owner, *args, **kwargs)
         # Taken out, and perhaps rewritten anew: then whoever wraps this is called by the new one.
@@ -236,15 +236,15 @@ class RootCall:
     def __init__(self, model: nn.Module, state: LiveState, owner: str) -> None:
         self.model, self.state, self.owner = model, state, owner
         model.compile(backend=state.backend, **state.options, **_compat.isolated_compile_options())
-        self.compiled: Any = model._compiled_call_impl
+        self.compiled: Any = _compat.compiled_call(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; raises :class:`NotRewrittenError` for a tracer."""
         state = self.state
         if torch.compiler.is_dynamo_compiling() or not state.enabled:
-            return self.model._call_impl(*args, **kwargs)
+            return _compat.call_uncompiled(self.model, *args, **kwargs)
         if state.override is not None:
-            return self.model._call_impl(*args, **kwargs)
+            return _compat.call_uncompiled(self.model, *args, **kwargs)
         if _is_traced():
             raise NotRewrittenError(not_rewritten_message(self.owner))
         install_output_hooks(self.model, kwargs)
@@ -255,15 +255,15 @@ class RootCall:
 
 
 class ReplicateWithoutRootCall:
-    """``_replicate_for_data_parallel`` of a root: a replica must not have the compiled call of the original."""
+    """What ``nn.DataParallel`` asks of a root: a replica must not have the compiled call of the original."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def __call__(self) -> nn.Module:
         """A replica that is compiled at its owners."""
-        replica: nn.Module = type(self.model)._replicate_for_data_parallel(self.model)
-        replica._compiled_call_impl = None
+        replica: nn.Module = getattr(type(self.model), _compat.REPLICATE)(self.model)
+        _compat.set_compiled_call(replica, None)
         return replica
 
 
@@ -277,13 +277,13 @@ def _run_layers(forward: LiveForward, owner: nn.Module, *args: Any, **kwargs: An
 
 
 def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return model._call_impl(*args, **kwargs)
+    return _compat.call_uncompiled(model, *args, **kwargs)
 
 
 def live_forwards(model: nn.Module) -> Iterator[tuple[str, LiveForward]]:
     """Name and live forward of every owner in ``model``, also of one that a library has wrapped since."""
     for name, module in model.named_modules():
-        sites = module._modules.get("attn_res")
+        sites = getattr(module, "attn_res", None)
         if isinstance(sites, AttnResSites):
             yield name, sites.live
 
@@ -335,8 +335,8 @@ def install(
         install_guards(model, layers[spec.owner], LayerGuard(state, spec.owner, LiveForward.run_layers))
     if not any(spec.owner == "" for spec in specs):
         # What surrounds the owners (embedding, head, loss) is compiled with them as one graph.
-        model._compiled_call_impl = RootCall(model, state, specs[0].owner)
-        model.__dict__["_replicate_for_data_parallel"] = ReplicateWithoutRootCall(model)
+        _compat.set_compiled_call(model, RootCall(model, state, specs[0].owner))
+        model.__dict__[_compat.REPLICATE] = ReplicateWithoutRootCall(model)
 
 
 def _around(specs: Sequence[AnchorSpec]) -> list[str]:
@@ -357,15 +357,13 @@ def uninstall(model: nn.Module) -> None:
                 owner.forward = live.replaced
         # Behind the forward of a library it stays, and passes the call on.
         del owner.attn_res
-        for key in [k for k, hook in owner._forward_pre_hooks.items() if isinstance(hook, TellsItsModule)]:
-            del owner._forward_pre_hooks[key]
-            owner._forward_pre_hooks_with_kwargs.pop(key, None)
+        _compat.remove_pre_hooks(owner, TellsItsModule)
         taken, state.taken = [*taken, *state.taken], []
     remove_guards(model)
     for module in model.modules():
         if isinstance(module.__dict__.get("get_compiled_call"), OwnCompiledCall):
             del module.__dict__["get_compiled_call"]
-    if isinstance(model._compiled_call_impl, RootCall):
-        model._compiled_call_impl = None
-    model.__dict__.pop("_replicate_for_data_parallel", None)
+    if isinstance(_compat.compiled_call(model), RootCall):
+        _compat.set_compiled_call(model, None)
+    model.__dict__.pop(_compat.REPLICATE, None)
     give_back_compilation(taken)

@@ -286,12 +286,13 @@ def _evaluating(model: nn.Module | ExportedProgram) -> Iterator[None]:
 @contextlib.contextmanager
 def _plain(model: nn.Module) -> Iterator[None]:
     """``model`` uncompiled and with plain residuals."""
-    compiled, model._compiled_call_impl = model._compiled_call_impl, None
+    compiled = _compat.compiled_call(model)
+    _compat.set_compiled_call(model, None)
     try:
         with disabled(model):
             yield
     finally:
-        model._compiled_call_impl = compiled
+        _compat.set_compiled_call(model, compiled)
 
 
 def _live_outputs(model: nn.Module) -> Any:
