@@ -9,10 +9,10 @@ from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import ExampleInputsError
 from attnres_rewrite.graph import GraphBuilder, op_name, require_tensor, source_line, tensor_of
 from attnres_rewrite.inputs import Call, ExampleInputs, example_call
-from attnres_rewrite.live import AttnResSite
 from attnres_rewrite.norms import tell_reads_without_norm
 from attnres_rewrite.passes import SiteParameters
 from attnres_rewrite.pipeline import analyse, insert
+from attnres_rewrite.site_parameters import AttnResSite
 from attnres_rewrite.streams import StreamPlan
 
 
