@@ -13,9 +13,10 @@ from attnres_rewrite.errors import (
     MissingPackageError,
     NoResidualStreamError,
     NotRewrittenError,
+    OnnxExportError,
     UnsupportedResidualError,
 )
-from attnres_rewrite.onnx import OnnxExport, OnnxExportError, export_onnx
+from attnres_rewrite.onnx import OnnxExport, export_onnx
 from attnres_rewrite.report import Report
 from attnres_rewrite.verification import Verification, verify
 

@@ -8,34 +8,142 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import hashlib
+import importlib.abc
+import importlib.util
 import inspect
+import itertools
 import logging
+import sys
 import types
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch._dynamo
 import torch.utils._pytree as pytree
-from torch._functorch import config as functorch_config
 from torch._subclasses import FakeTensorMode
 from torch.backends import mha
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp as FakeTensorProp
+from torch.nn.modules import module as module_hooks
+
+if TYPE_CHECKING:
+    # At run time torch imports it at first use; it takes seconds.
+    import torch._dynamo
+
+
+_NO_LIMIT = 2**30
+_INDUCTORS_TABLE = "torch._inductor.decomposition"
+_expansions: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 
 def register_inductor_decomposition(op: torch._ops.OpOverload, decomposition: Callable[..., Any]) -> None:
-    """Let Inductor expand ``op`` by ``decomposition`` instead of calling it as an opaque kernel."""
-    from torch._inductor import decomposition as table
+    """Let Inductor expand ``op`` by ``decomposition`` instead of calling it as an opaque kernel.
 
-    table.decompositions[op] = decomposition
+    Inductor takes seconds to import. Where it is not imported yet, its table gets the expansion when it is, whoever
+    imports it: a rewritten program that was loaded from a file is compiled without any other part of this package.
+    """
+    _expansions[op] = decomposition
+    if _INDUCTORS_TABLE in sys.modules:
+        _fill_table(sys.modules[_INDUCTORS_TABLE])
+    elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _OnImport())
+
+
+def _fill_table(table: Any) -> None:
+    table.decompositions.update(_expansions)
     # The table that Inductor really uses is a cached copy of this one.
     table.fast_random_decomps.cache_clear()
+
+
+class _OnImport(importlib.abc.MetaPathFinder):
+    """Fills Inductor's table of decompositions right after it is imported."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != _INDUCTORS_TABLE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def execute_and_fill(module: types.ModuleType) -> None:
+            execute(module)
+            _fill_table(module)
+
+        spec.loader.exec_module = execute_and_fill  # type: ignore[method-assign]
+        return spec
 
 
 def is_checkpoint(node: torch.fx.Node) -> bool:
     """Whether ``node`` is the higher-order operator that activation checkpointing is captured as."""
     return node.op == "call_function" and node.target is torch.ops.higher_order.tag_activation_checkpoint
+
+
+def is_region(node: torch.fx.Node) -> bool:
+    """Whether ``node`` is an operator that runs the graph in one of its arguments, as a checkpoint or in a mode.
+
+    ``torch.export`` makes such operators of the parts of a program that run without gradients or under autocast.
+    """
+    modes = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
+    return is_checkpoint(node) or (node.op == "call_function" and node.target in modes)
+
+
+def enter_mode(region: torch.fx.Node) -> Callable[[], object]:
+    """Write, at the graph's insertion point, what sets the mode of ``region``; returns what writes its end."""
+    graph = region.graph
+    if region.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+        enabled = region.args[0]
+        set_grad_enabled(graph, bool(enabled), like=region)
+        return lambda: set_grad_enabled(graph, not enabled, like=region)
+    if region.target is torch.ops.higher_order.wrap_with_autocast:
+        settings = tuple(itertools.takewhile(lambda argument: not isinstance(argument, torch.fx.Node), region.args))
+        enter = _mode_node(graph, torch.amp.autocast_mode._enter_autocast, settings, region)
+        return functools.partial(_mode_node, graph, torch.amp.autocast_mode._exit_autocast, (enter,), region)
+    return lambda: None
+
+
+def set_grad_enabled(graph: torch.fx.Graph, enabled: bool, *, like: torch.fx.Node) -> None:
+    """Write, at the insertion point of ``graph``, that what comes after it records gradients, or that it does not."""
+    _mode_node(graph, torch._C._set_grad_enabled, (enabled,), like)
+
+
+def sets_grad_enabled(node: torch.fx.Node) -> bool | None:
+    """Whether gradients are recorded after ``node``; ``None`` if it does not set that."""
+    return bool(node.args[0]) if node.target is torch._C._set_grad_enabled else None
+
+
+def _mode_node(graph: torch.fx.Graph, target: Any, arguments: tuple[Any, ...], like: torch.fx.Node) -> torch.fx.Node:
+    node = graph.call_function(target, arguments)
+    for key in ("nn_module_stack", "stack_trace"):
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+    if "val" in like.meta:
+        # An exported program wants every node to have one.
+        node.meta["val"] = None
+    return node
+
+
+def outline_modes(
+    module: torch.fx.GraphModule, signature: torch.export.ExportGraphSignature
+) -> tuple[torch.fx.GraphModule, torch.export.ExportGraphSignature]:
+    """Make regions again of the parts of an exported graph that run in a mode, as ``torch.export`` itself does.
+
+    Only so can the program be saved.
+    """
+    from torch._export.passes.replace_autocast_with_hop_pass import replace_autocast_with_hop_pass
+    from torch._export.passes.replace_set_grad_with_hop_pass import replace_set_grad_with_hop_pass
+
+    first = next((mode for n in module.graph.nodes if (mode := sets_grad_enabled(n)) is not None), False)
+    # A part in the mode that is in force around a call becomes no region.
+    with torch.set_grad_enabled(not first):
+        module, new = replace_set_grad_with_hop_pass(module, signature)
+    module, new = replace_autocast_with_hop_pass(module, new)
+    assert new is not None
+    return module, new
 
 
 def recompute_tags(region_id: int) -> dict[str, Any]:
@@ -127,6 +235,13 @@ def _is_read(features: Any) -> bool:
     return any(str(origin.meta.get("original_aten")).startswith("attnres.") for origin in origins)
 
 
+def inductor_modes() -> list[str]:
+    """What ``torch.compile(mode=...)`` takes for Inductor."""
+    from torch._inductor import list_mode_options
+
+    return ["default", *(mode for mode in list_mode_options() if mode != "default")]
+
+
 def inductor_compile(
     module: torch.fx.GraphModule,
     inputs: list[Any],
@@ -139,6 +254,7 @@ def inductor_compile(
     ``joint_pass`` is run over the graph of forward and backward before it is partitioned into the two.
     """
     import torch._inductor as inductor
+    from torch._functorch import config as functorch_config
 
     patches = dict(inductor.list_mode_options(mode)) if mode and mode != "default" else {}
     patches.update(options or {})
@@ -150,9 +266,19 @@ def inductor_compile(
     # The cache of compiled autograd graphs does not look at these tags, so it would not tell two models apart of
     # which one is checkpointed.
     tagged = any("ac_graph_id" in node.meta for node in module.graph.nodes)
-    uncached = functorch_config.patch(enable_autograd_cache=False) if tagged else contextlib.nullcontext()
-    with uncached, choices_for_reads() if on_gpu else contextlib.nullcontext():
+    cached = functorch_config.patch(enable_autograd_cache=False) if tagged else contextlib.nullcontext()
+    choices = choices_for_reads() if on_gpu else contextlib.nullcontext()
+    tag = f"{torch.compiler.config.cache_key_tag}attnres-{_expansions_version()}"
+    with cached, choices, torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         return inductor.compile(module, inputs, options=patches)
+
+
+@functools.cache
+def _expansions_version() -> str:
+    """What the caches on disk, which know an operator by its name alone, tell its expansions apart by."""
+    folder = Path(__file__).parent / "ops"
+    sources = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+    return hashlib.sha256(sources).hexdigest()[:16]
 
 
 def _inductor_pass(function: Callable[[torch.fx.Graph], None], before: Any) -> Any:
@@ -193,6 +319,38 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     return new
 
 
+def compiled_function(function: Any) -> Callable[..., Any] | None:
+    """What ``torch.compile`` made ``function`` from, or ``None`` if that did not make it."""
+    original: Callable[..., Any] | None = getattr(function, "_torchdynamo_orig_callable", None)
+    return original
+
+
+def compiled_call(module: torch.nn.Module) -> Any:
+    """What ``module.compile()`` made, which a call of ``module`` runs; ``None`` if it is not compiled."""
+    return module._compiled_call_impl
+
+
+def set_compiled_call(module: torch.nn.Module, call: Any) -> None:
+    """Let a call of ``module`` run ``call``; with ``None`` its hooks and its forward, as ever."""
+    module._compiled_call_impl = call
+
+
+def call_uncompiled(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The hooks and the forward of ``module``, past what :func:`compiled_call` gives."""
+    return module._call_impl(*args, **kwargs)
+
+
+# The method by which ``nn.DataParallel`` makes a copy for another device: a shallow one.
+REPLICATE = "_replicate_for_data_parallel"
+
+
+def remove_pre_hooks(module: torch.nn.Module, kind: type) -> None:
+    """Take the forward pre-hooks that are a ``kind`` off ``module``, whose handles a copy does not have."""
+    for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, kind)]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 def unfused(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call ``function`` with the fused kernel of ``nn.TransformerEncoderLayer`` off.
 
@@ -205,6 +363,32 @@ def unfused(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
     finally:
         mha._is_fastpath_enabled = before
+
+
+def active_dispatch_modes() -> list[Any]:
+    """The ``TorchDispatchMode`` objects, such as that of ``FlopCounterMode``, which watch what this thread computes."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    return list(_get_current_dispatch_mode_stack())
+
+
+@contextlib.contextmanager
+def without_dispatch_modes() -> Iterator[None]:
+    """A context in which they do not. Dynamo compiles nothing while they do, and cannot trace their module tracker."""
+    from torch.utils._python_dispatch import _disable_current_modes
+    from torch.utils.module_tracker import ModuleTracker
+
+    taken = []
+    for hooks in (module_hooks._global_forward_pre_hooks, module_hooks._global_forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), ModuleTracker):
+                taken.append((hooks, key, hooks.pop(key)))
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        for hooks, key, hook in taken:
+            hooks[key] = hook
 
 
 def compile_disabled() -> bool:
@@ -234,17 +418,53 @@ def refusing_graph_breaks(refuse: bool) -> Any:
     return torch._dynamo.error_on_graph_break(refuse)
 
 
-def capturing_scalars(capture: bool) -> contextlib.AbstractContextManager[Any]:
-    """A context in which, where ``capture`` says so, Dynamo takes ``tensor.item()`` into the graph and goes on."""
-    return torch._dynamo.config.patch(capture_scalar_outputs=True) if capture else contextlib.nullcontext()
+def _is_tracing_within(function: Callable[..., Any]) -> bool:
+    from torch._dynamo.symbolic_convert import InstructionTranslatorBase
+
+    code, frame = function.__code__, inspect.currentframe()
+    while frame is not None:
+        # Dynamo has no public way to tell what it is inlining; its translators are on the stack as it traces.
+        if frame.f_code.co_varnames[:1] == ("self",):
+            translator = frame.f_locals.get("self")
+            if isinstance(translator, InstructionTranslatorBase) and translator.f_code is code:
+                return True
+        frame = frame.f_back
+    return False
 
 
-def ignore_logged_warnings() -> None:
-    """Let Dynamo leave out ``logger.warning_once``, which transformers adds and calls in the forward of its models."""
+def is_tracing_within(function: Callable[..., Any]) -> bool:
+    """Whether Dynamo is tracing what ``function``, a Python function, has called; asked when it traces, a constant."""
+    return _is_tracing_within(function)
+
+
+# What torch.compiler.assume_constant_result does, which imports Dynamo for it.
+is_tracing_within._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_in_backward() -> bool:
+    """Whether autograd is computing gradients in this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def tracing_settings(scalars: bool) -> contextlib.AbstractContextManager[Any]:
+    """A context for a call that may be traced: Dynamo leaves out what transformers logs in the forward of its models.
+
+    Args:
+        scalars: Whether Dynamo takes ``tensor.item()`` into the graph, and goes on.
+    """
+    config, changes = torch._dynamo.config, dict[str, Any]()
+    if scalars:
+        changes["capture_scalar_outputs"] = True
+    # ``logger.warning_once``, which transformers adds to the class.
     warn_once = getattr(logging.Logger, "warning_once", None)
-    if warn_once is not None:
-        config = torch._dynamo.config
-        config.ignore_logging_functions = {*config.ignore_logging_functions, warn_once}
+    if warn_once is not None and warn_once not in config.ignore_logging_functions:
+        changes["ignore_logging_functions"] = {*config.ignore_logging_functions, warn_once}
+    return config.patch(**changes) if changes else contextlib.nullcontext()
+
+
+def without_recompile_limit() -> Any:
+    """A context in which Dynamo goes on compiling code that it has compiled many times, for other models."""
+    return torch._dynamo.config.patch(recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT)
 
 
 def isolated_compile_options() -> dict[str, Any]:
@@ -263,9 +483,27 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
+def storage_of(tensor: torch.Tensor) -> int | None:
+    """What tells the storage of a tensor from others; ``None`` where it has none of its own, as a sparse one."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
     """``tree`` with ``function`` applied to every tensor in it."""
     return pytree.tree_map_only(torch.Tensor, function, tree)
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    """``tree`` with ``function`` applied to everything in it that is no container."""
+    return pytree.tree_map(function, tree)
+
+
+def has_body(tree: Any) -> bool:
+    """Whether there is a module in ``tree``: the arguments are those of a higher-order operator, which runs it."""
+    return any(isinstance(leaf, torch.nn.Module) for leaf in pytree.tree_leaves(tree))
 
 
 def size_hint(size: torch.SymInt) -> int:

@@ -70,6 +70,17 @@ def _(token: Tensor, parameters: Sequence[Tensor], spec: str) -> None:
     return None
 
 
+# The permission to run plain residuals is in the graph, so it is for this owner and for the calls that wanted it.
+@torch.library.custom_op("attnres::plain_anchor", mutates_args=("token",))
+def plain_anchor(token: Tensor, spec: str) -> None:
+    """Mark where the forward of an owner begins in a call that wants plain residuals; does nothing."""
+
+
+@plain_anchor.register_fake
+def _(token: Tensor, spec: str) -> None:
+    return None
+
+
 def not_rewritten_message(owner: str) -> str:
     """What to tell someone who is about to run the owner's layers with plain residuals."""
     return (
@@ -91,13 +102,15 @@ class Anchor:
         node: Its node.
         path: Path of the owner in this graph.
         spec: What it says of the owner.
-        parameters: The nodes of the site parameters, one entry a site.
+        parameters: The nodes of the site parameters, one entry a site; none where plain residuals are wanted.
+        plain: Whether the call wants plain residuals.
     """
 
     node: Node
     path: str
     spec: AnchorSpec
     parameters: tuple[SiteParameters, ...]
+    plain: bool = False
 
     @property
     def sites(self) -> tuple[int, ...]:
@@ -131,7 +144,12 @@ class Anchor:
 
 def anchors_of(module: GraphModule) -> list[Anchor]:
     """The anchors in ``module``, in graph order."""
-    return [_read(n) for n in module.graph.nodes if n.target is torch.ops.attnres.anchor.default]
+    read = {torch.ops.attnres.anchor.default: _read, torch.ops.attnres.plain_anchor.default: _read_plain}
+    return [read[n.target](n) for n in module.graph.nodes if n.target in read]
+
+
+def _read_plain(node: Node) -> Anchor:
+    return Anchor(node, module_path(node), AnchorSpec.from_json(str(node.args[1])), (), plain=True)
 
 
 def _read(node: Node) -> Anchor:

@@ -13,13 +13,18 @@ from torch.fx import GraphModule
 
 from attnres_rewrite import _compat
 from attnres_rewrite.anchor import AnchorSpec
-from attnres_rewrite.backend import AttnResBackend, plain_residuals_wanted, rewrite_captured
-from attnres_rewrite.capture import Call, Capture, ExampleInputs, capture, capture_whole, example_call
+from attnres_rewrite.backend import AttnResBackend, rewrite_captured
+from attnres_rewrite.capture import Capture, capture, capture_whole
 from attnres_rewrite.config import AttnResConfig, Blocks
 from attnres_rewrite.errors import AttnResError, UnsupportedResidualError
 from attnres_rewrite.exported import rewrite_exported
 from attnres_rewrite.graph_module import rewrite_graph_module, with_metadata
-from attnres_rewrite.live import LiveState, install, live_forwards, uninstall
+from attnres_rewrite.inputs import Call, ExampleInputs, as_it_was, example_call, uncompiled
+from attnres_rewrite.layer_guard import layers_of
+from attnres_rewrite.live import install, live_forwards, uninstall
+from attnres_rewrite.live_state import LiveState
+from attnres_rewrite.norms import tell_reads_without_norm
+from attnres_rewrite.output_hooks import make_hooks_traceable
 from attnres_rewrite.pipeline import Analysis, analyse
 from attnres_rewrite.report import Report, make_report
 from attnres_rewrite.streams import StreamPlan
@@ -45,8 +50,8 @@ def rewrite(
 
     Args:
         model: A pre-norm transformer, before training.
-        blocks: Number N of blocks of whole layers, ``"full"``, or a mapping from owner name to either.
-            Default 8, or what ``config`` says.
+        blocks: Number N of blocks of whole layers, ``"full"``, the number of layers in every block
+            (``[2, 2, 4, 4]``), or a mapping from owner name to any of these. Default 8, or what ``config`` says.
         example_inputs: Inputs that the model runs on (a mapping: keyword arguments; a tuple:
             positional; a tensor: one positional argument). Left out, they are made from the model where
             it says what it takes.
@@ -76,13 +81,16 @@ def rewrite(
         return cast(ModelT, rewrite_graph_module(model, config, example_inputs))
     if not isinstance(model, nn.Module):
         raise TypeError(f"rewrite takes an nn.Module, an ExportedProgram or a GraphModule, not {type(model).__name__}")
-    return cast(ModelT, _rewrite_live(model, config, example_inputs, backend, compile_options))
+    with as_it_was(model, after_errors_only=True):
+        return cast(ModelT, _rewrite_live(model, config, example_inputs, backend, compile_options))
 
 
 def resolve_config(blocks: Blocks | None, config: AttnResConfig | None) -> AttnResConfig:
-    """The configuration that ``blocks`` and ``config`` mean together; ``blocks`` wins where given."""
+    """The configuration that ``blocks`` and ``config`` mean together; not both may say how layers are grouped."""
+    if config is not None and not isinstance(config, AttnResConfig):
+        raise TypeError(f"config is an AttnResConfig, not a {type(config).__name__}")
     config = config or AttnResConfig()
-    return config if blocks is None else dataclasses.replace(config, blocks=blocks)
+    return config if blocks is None else config.with_blocks(blocks)
 
 
 def _refuse_compile_options(backend: object, options: dict[str, Any]) -> None:
@@ -112,16 +120,18 @@ def _rewrite_live(
     attnres = AttnResBackend(backend, mode=mode, options=options, plain_streams=(*plain, *anywhere))
     specs = [_spec(owner, plans, config, plain) for owner, plans in owners.items()]
     widths = [[p.stream.width for p in plans for _ in p.stream.branches] for plans in owners.values()]
-    install(model, specs, widths, LiveState(attnres, compile_options, scalars=captured.scalars, whole=captured.whole))
+    layers = {owner: set[str]().union(*(layers_of(plan.stream) for plan in plans)) for owner, plans in owners.items()}
+    state = LiveState(attnres, compile_options, scalars=captured.scalars, whole=captured.whole)
+    install(model, specs, widths, layers, state)
     try:
-        _rehearse(model, example_call(model, example_inputs), captured)
+        _rehearse(model, example_call(model, example_inputs), captured, config)
     except BaseException:
         uninstall(model)
         raise
     return model
 
 
-def _rehearse(model: nn.Module, call: Call, captured: Capture) -> None:
+def _rehearse(model: nn.Module, call: Call, captured: Capture, config: AttnResConfig) -> None:
     """Rewrite the graph of the model's first call ahead of it, so that what would fail then fails now.
 
     Not for a model that is known to break, outside its streams; nor for one on the meta device, which has no weights to
@@ -134,7 +144,7 @@ def _rehearse(model: nn.Module, call: Call, captured: Capture) -> None:
     except _compat.graph_break_types():
         # Breaks outside the streams, which capture() found harmless.
         return
-    rewrite_captured(module)
+    tell_reads_without_norm(rewrite_captured(module), config)
 
 
 def analyse_module(model: nn.Module, config: AttnResConfig, example_inputs: ExampleInputs | None) -> Analysis:
@@ -149,7 +159,8 @@ def _capture_module(model: nn.Module, config: AttnResConfig, example_inputs: Exa
             f"the model already has Attention Residuals, in module {rewritten[0] or '(root)'!r}: undo(model) takes "
             "them out, then it can be rewritten again"
         )
-    with plain_residuals_wanted():
+    make_hooks_traceable(model)
+    with uncompiled(model):
         return capture(model, example_call(model, example_inputs), config.streams)
 
 
@@ -174,7 +185,7 @@ def _owners(model: nn.Module, analysis: Analysis) -> dict[str, list[StreamPlan]]
 
 def _spec(owner: str, plans: list[StreamPlan], config: AttnResConfig, plain: tuple[str, ...]) -> AnchorSpec:
     blocks = tuple(plan.block_sizes for plan in plans)
-    return AnchorSpec(owner, blocks, dataclasses.replace(config, blocks=1, streams=None), plain)
+    return AnchorSpec(owner, blocks, dataclasses.replace(config, blocks=1, layers_per_block=None, streams=None), plain)
 
 
 def explain(
@@ -189,31 +200,31 @@ def explain(
     The arguments and errors are those of :func:`rewrite`.
     """
     config = resolve_config(blocks, config)
+    if not isinstance(model, ExportedProgram | nn.Module):
+        raise TypeError(f"explain takes an nn.Module, an ExportedProgram or a GraphModule, not {type(model).__name__}")
     parameters = sum(p.numel() for p in model.parameters())
     if isinstance(model, ExportedProgram):
         return make_report(analyse([with_metadata(model.graph_module, None)], config), config, parameters)
     if isinstance(model, GraphModule):
         return make_report(analyse([with_metadata(model, example_inputs)], config), config, parameters)
-    return make_report(analyse_module(model, config, example_inputs), config, parameters)
+    with as_it_was(model):
+        return make_report(analyse_module(model, config, example_inputs), config, parameters)
 
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within the context ``model`` runs its plain residual path, as if it had not been rewritten.
 
+    In this thread, and for this model alone; a copy or a file that is made within the context has AttnRes on.
+
     Raises:
         AttnResError: ``model`` is not a rewritten ``nn.Module``.
     """
     states = {id(forward.state): forward.state for _, forward in require_live(model, "disabled")}
-    before = {key: state.enabled for key, state in states.items()}
-    for state in states.values():
-        state.enabled = False
-    try:
-        with plain_residuals_wanted():
-            yield model
-    finally:
-        for key, state in states.items():
-            state.enabled = before[key]
+    with contextlib.ExitStack() as stack:
+        for state in states.values():
+            stack.enter_context(state.plain_here())
+        yield model
 
 
 def undo(model: nn.Module) -> nn.Module:

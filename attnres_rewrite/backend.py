@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from torch.fx import GraphModule
@@ -15,15 +13,14 @@ from attnres_rewrite import _compat
 from attnres_rewrite.anchor import Anchor, anchors_of
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import AttnResError, GraphBreakError, NotRewrittenError, UnsupportedResidualError
-from attnres_rewrite.graph import require_tensor, source_line
-from attnres_rewrite.passes import Site
+from attnres_rewrite.graph import is_inside, require_tensor, source_line
+from attnres_rewrite.passes import Site, SiteParameters, StreamAnalysis
 from attnres_rewrite.pipeline import find_streams, insert
 from attnres_rewrite.saved_activations import recompute_results
 from attnres_rewrite.streams import ResidualStream, StreamPlan
 
 # Rows, tokens of all sequences, up to which the schedule "auto" goes read by read.
 _FEW_ROWS = 8
-_plain_residuals_wanted = contextvars.ContextVar("attnres_plain_residuals_wanted", default=False)
 
 
 class AttnResBackend:
@@ -55,6 +52,8 @@ class AttnResBackend:
             raise TypeError(f"inner must be a backend's name or a callable, not {type(inner).__name__}")
         if isinstance(inner, str) and not _compat.is_backend(inner):
             raise ValueError(f"there is no backend {inner!r}: torch.compiler.list_backends() lists them")
+        if mode is not None and inner == "inductor" and mode not in (modes := _compat.inductor_modes()):
+            raise ValueError(f"there is no mode {mode!r} of Inductor: it has {', '.join(modes)}")
         self.inner, self.mode, self.options, self.plain_streams = inner, mode, options, plain_streams
         self.__name__ = "attnres"
 
@@ -65,7 +64,7 @@ class AttnResBackend:
         Dynamo would wrap it in an error of its own, or drop it and run the plain model.
         """
         try:
-            self.inserted(rewrite_captured(module, self.plain_streams, self._scheduled))
+            self.inserted(rewrite_captured(module, self.plain_streams, self._scheduled, self.site_parameters))
         except AttnResError as error:
             return _raiser(error)
         return self._compile(module, inputs, **options)
@@ -82,6 +81,10 @@ class AttnResBackend:
     def configure(self, config: AttnResConfig) -> AttnResConfig:
         """The configuration to use for one that an anchor carries; a subclass may change it."""
         return config
+
+    def site_parameters(self, module: GraphModule, anchor: Anchor) -> Sequence[SiteParameters]:
+        """The nodes of the parameters of an anchor's sites; a subclass may put others in their place."""
+        return _own_parameters(module, anchor)
 
     def inserted(self, sites: list[Site]) -> None:
         """Called with the sites of every graph that was rewritten; for a subclass to look at."""
@@ -103,22 +106,23 @@ def attnres_backend(module: GraphModule, inputs: list[Any], **options: Any) -> C
     return AttnResBackend()(module, inputs, **options)
 
 
-@contextlib.contextmanager
-def plain_residuals_wanted() -> Iterator[None]:
-    """While active, a graph without anchors is compiled as it is, even if it has a residual stream."""
-    token = _plain_residuals_wanted.set(True)
-    try:
-        yield
-    finally:
-        _plain_residuals_wanted.reset(token)
+def _own_parameters(module: GraphModule, anchor: Anchor) -> Sequence[SiteParameters]:
+    return anchor.parameters
 
 
 def rewrite_captured(
     module: GraphModule,
     plain_streams: tuple[str, ...] = (),
     configure: Callable[[AttnResConfig, StreamPlan], AttnResConfig] = lambda config, _: config,
+    parameters_of: Callable[[GraphModule, Anchor], Sequence[SiteParameters]] = _own_parameters,
 ) -> list[Site]:
     """Rewrite, in place, the streams of the anchors in a graph that Dynamo captured.
+
+    Args:
+        module: The graph.
+        plain_streams: Owners whose streams stay plain on purpose, as in :class:`AttnResBackend`.
+        configure: What to make of the configuration that an anchor carries, for a stream.
+        parameters_of: The nodes of the site parameters, for an anchor.
 
     Returns:
         The sites inserted; none for a graph that has nothing to do with a residual stream.
@@ -131,15 +135,20 @@ def rewrite_captured(
     if not anchors:
         _refuse_plain_streams(module, plain_streams)
         return []
-    _refuse_repeated(anchors)
     plain = set().union(plain_streams, *(anchor.plain_paths for anchor in anchors))
-    streams = [stream for stream in find_streams(module).streams if stream.owner not in plain]
+    analysis = find_streams(module)
+    _refuse_changed(anchors, analysis)
+    streams = [stream for stream in analysis.streams if stream.owner not in plain]
     _refuse_unowned(anchors, streams)
     sites: list[Site] = []
     for anchor in anchors:
+        if anchor.plain:
+            module.graph.erase_node(anchor.node)
+            continue
+        _refuse_repeated(anchor, anchors)
         others = [other.path for other in anchors if other is not anchor]
         plans = _plans(anchor, [s for s in streams if anchor.owns(s.owner, others)])
-        parameters = iter(anchor.parameters)
+        parameters = iter(parameters_of(module, anchor))
         for plan in plans:
             own = list(itertools.islice(parameters, len(plan.stream.branches)))
             sites += insert(module, plan, own, configure(anchor.config, plan))
@@ -154,19 +163,28 @@ def _has_few_rows(plan: StreamPlan) -> bool:
     return (elements if isinstance(elements, int) else _compat.size_hint(elements)) <= _FEW_ROWS * plan.stream.width
 
 
-def _refuse_repeated(anchors: list[Anchor]) -> None:
-    paths = [anchor.path for anchor in anchors]
-    for anchor in anchors:
-        if paths.count(anchor.path) > 1:
+def _refuse_repeated(anchor: Anchor, anchors: list[Anchor]) -> None:
+    if [other.path for other in anchors].count(anchor.path) > 1:
+        raise UnsupportedResidualError(
+            f"module {anchor.spec.owner or '(root)'!r}, which holds a residual stream, runs "
+            "more than once in one call, so its reads are not one per site. Rewrite a model that runs it once"
+        )
+
+
+def _refuse_changed(anchors: list[Anchor], analysis: StreamAnalysis) -> None:
+    """Raise where something in the stream of an anchor would have been refused when the model was rewritten."""
+    # That there is no stream at all is what a graph looks like that breaks.
+    refusals = [refusal for refusal in analysis.refusals if isinstance(refusal.error, UnsupportedResidualError)]
+    for refusal, anchor in itertools.product(refusals, anchors):
+        if not anchor.plain and is_inside(refusal.module, anchor.path):
             raise UnsupportedResidualError(
-                f"module {anchor.spec.owner or '(root)'!r}, which holds a residual stream, runs "
-                "more than once in one call, so its reads are not one per site. Rewrite a model that runs it once"
+                f"the residual stream of module {anchor.spec.owner or '(root)'!r} is not what it was when the model "
+                "was rewritten: a hook was added since, or the model is called in another mode (with a dropout that is "
+                f"active, for example) or with other inputs. Now: {refusal.error}"
             )
 
 
 def _refuse_unowned(anchors: list[Anchor], streams: list[ResidualStream]) -> None:
-    if _plain_residuals_wanted.get():
-        return
     for stream in streams:
         if not any(anchor.owns(stream.owner, ()) for anchor in anchors):
             raise NotRewrittenError(
@@ -179,6 +197,15 @@ def _refuse_unowned(anchors: list[Anchor], streams: list[ResidualStream]) -> Non
 
 def _plans(anchor: Anchor, streams: list[ResidualStream]) -> list[StreamPlan]:
     found = tuple(len(stream.branches) for stream in streams)
+    if len(found) > len(anchor.sites):
+        first, second = streams[0].branches[-1].value, streams[1].root
+        raise UnsupportedResidualError(
+            f"the residual stream of module {anchor.spec.owner or '(root)'!r} is not what it was when the model was "
+            f"rewritten: it is in {len(found)} pieces, of {', '.join(map(str, found))} branch outputs instead of "
+            f"{', '.join(map(str, anchor.sites))}. The first ends at {source_line(first)}, the second begins at "
+            f"{source_line(second)}. What lies between changes the stream: a hook that was added since, or a part of "
+            "the model that is active now, such as dropout, and was not then"
+        )
     if found != anchor.sites:
         last = f"; the last add seen is at {source_line(streams[-1].branches[-1].value)}" if streams else ""
         broken = _compat.last_graph_break()
@@ -193,7 +220,7 @@ def _plans(anchor: Anchor, streams: list[ResidualStream]) -> list[StreamPlan]:
 
 
 def _refuse_plain_streams(module: GraphModule, plain_streams: tuple[str, ...]) -> None:
-    if _plain_residuals_wanted.get() or "*" in plain_streams:
+    if "*" in plain_streams:
         return
     for stream in find_streams(module).streams:
         if any(stream.owner == name or stream.owner.endswith("." + name) for name in plain_streams):

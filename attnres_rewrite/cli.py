@@ -3,39 +3,21 @@
 # No postponed annotations here: typer reads them, and they name things that are imported in functions.
 import contextlib
 import dataclasses
-import importlib
-import importlib.util
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from attnres_rewrite.named_models import CommandError, is_config_folder, load_model, load_weights, require
+
 if TYPE_CHECKING:
     import typer
-    from torch import Tensor, nn
 
-    from attnres_rewrite import OnnxExport
+    from attnres_rewrite import AttnResConfig, OnnxExport
 
-# For every module that a command needs, the extra that installs it.
-EXTRAS = {
-    "typer": "cli",
-    "rich": "cli",
-    "transformers": "hf",
-    "safetensors": "hf",
-    "matplotlib": "plot",
-    "onnx": "onnx",
-    "onnxscript": "onnx",
-    "onnxruntime": "onnx",
-}
 PROVIDERS = ("cpu", "cuda", "webgpu", "dml")
 SCHEDULES = ("auto", "per_read", "two_phase")
-# What a message lists of the keys that do not fit.
-_KEYS_SHOWN = 6
-
-
-class CommandError(Exception):
-    """A command cannot go on; the message is what the user is told."""
 
 
 def main() -> None:
@@ -50,22 +32,16 @@ def main() -> None:
         sys.exit(1)
 
 
-def require(*modules: str) -> None:
-    """Check that ``modules`` can be imported.
-
-    Raises:
-        CommandError: Some cannot; it names them and the extras that install them.
-    """
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        extras = ",".join(dict.fromkeys(EXTRAS[name] for name in missing))
-        which = "the extra that brings it" if len(missing) == 1 else "the extras that bring them"
-        raise CommandError(f"{', '.join(missing)} not installed; {which}: pip install 'attnres-rewrite[{extras}]'")
-
-
 def make_app() -> "typer.Typer":
     """The command line as a typer application."""
     import typer
+
+    blocks_help = 'Number of blocks, "full", or the layers in every block, such as 2,2,4,4.'
+    Blocks = Annotated[str, typer.Option(help=blocks_help)]
+    LayersPerBlock = Annotated[int | None, typer.Option(help="Instead of --blocks: groups of this many layers.")]
+    Aggregation = Annotated[str, typer.Option(help="mean (the paper's) or sum (starts as the plain model everywhere).")]
+    Streams = Annotated[list[str] | None, typer.Option(help="Owner of a stream to rewrite, once for each; else all.")]
+    Model = Annotated[str, typer.Argument(help="A Hugging Face config folder, or module:factory.")]
 
     app = typer.Typer(
         help="Block Attention Residuals for the transformer you already have.",
@@ -87,21 +63,26 @@ def make_app() -> "typer.Typer":
 
     @app.command()
     def explain(
-        model: Annotated[str, typer.Argument(help="A Hugging Face config folder, or module:factory.")],
-        blocks: Annotated[str, typer.Option(help='Number of blocks, or "full".')] = "8",
+        model: Model,
+        blocks: Blocks = "8",
+        layers_per_block: LayersPerBlock = None,
+        aggregation: Aggregation = "mean",
+        streams: Streams = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     ) -> None:
         """Show the residual streams of a model and what a rewrite would do; no weights are loaded."""
         with telling_errors(as_json):
-            print(explain_model(model, parse_blocks(blocks), as_json=as_json))
+            config = make_config(blocks, layers_per_block, aggregation, streams)
+            print(explain_model(model, config, as_json=as_json))
 
     @app.command()
     def export(
-        model: Annotated[str, typer.Argument(help="A Hugging Face config folder, or module:factory.")],
+        model: Model,
         out: Annotated[Path, typer.Option("--out", "-o", help="The ONNX file to write.")],
-        blocks: Annotated[
-            str, typer.Option(help='Number of blocks, or "full"; a model that comes rewritten keeps its own.')
-        ] = "8",
+        blocks: Annotated[str, typer.Option(help=f"{blocks_help} A model that comes rewritten keeps its own.")] = "8",
+        layers_per_block: LayersPerBlock = None,
+        aggregation: Aggregation = "mean",
+        streams: Streams = None,
         weights: Annotated[
             Path | None, typer.Option(help="A state_dict: .safetensors, or as torch.save writes it.")
         ] = None,
@@ -125,12 +106,16 @@ def make_app() -> "typer.Typer":
             "tolerance": tolerance,
         }
         with telling_errors(as_json):
-            print(export_model(model, out, parse_blocks(blocks), weights, as_json=as_json, **options))
+            config = make_config(blocks, layers_per_block, aggregation, streams)
+            print(export_model(model, out, config, weights, as_json=as_json, **options))
 
     @app.command()
     def bench(
-        model: Annotated[str, typer.Argument(help="A Hugging Face config folder, or module:factory.")],
-        blocks: Annotated[str, typer.Option(help='Number of blocks, or "full".')] = "8",
+        model: Model,
+        blocks: Blocks = "8",
+        layers_per_block: LayersPerBlock = None,
+        aggregation: Aggregation = "mean",
+        streams: Streams = None,
         batch: Annotated[int | None, typer.Option(min=1, help="Sequences of tokens; else 2, or the example's.")] = None,
         length: Annotated[int | None, typer.Option(min=1, help="Tokens in each; else 256, or the example's.")] = None,
         rounds: Annotated[int, typer.Option(min=1, help="Timed rounds: a step of each form.")] = 20,
@@ -154,6 +139,9 @@ def make_app() -> "typer.Typer":
             json_file,
             alone=alone,
             blocks=parse_blocks(blocks),
+            layers_per_block=layers_per_block,
+            aggregation=aggregation,
+            streams=streams,
             batch=batch,
             length=length,
             rounds=rounds,
@@ -189,18 +177,41 @@ def telling_errors(as_json: bool) -> "Iterator[None]":
         raise typer.Exit(1) from error
 
 
-def parse_blocks(text: str) -> int | Literal["full"]:
-    """``"full"`` or a number.
+def parse_blocks(text: str) -> "int | Literal['full'] | tuple[int, ...]":
+    """``"full"``, a number, or numbers with commas between them.
 
     Raises:
-        CommandError: The text is neither.
+        CommandError: The text is none of these.
     """
     if text == "full":
         return "full"
     try:
-        return int(text)
+        sizes = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise CommandError(f'--blocks takes a number or "full", not {text!r}') from None
+        raise CommandError(
+            f'--blocks takes a number or "full", or the layers in every block (2,2,4,4), not {text!r}'
+        ) from None
+    return sizes[0] if len(sizes) == 1 else sizes
+
+
+def make_config(
+    blocks: str, layers_per_block: int | None, aggregation: str, streams: Sequence[str] | None
+) -> "AttnResConfig":
+    """The configuration that the options of a command mean.
+
+    Raises:
+        CommandError: An option has no such value.
+        BlockPartitionError: The options say twice how layers are grouped.
+    """
+    from attnres_rewrite import AttnResConfig, AttnResError
+
+    chosen: Any = {"layers_per_block": layers_per_block, "aggregation": aggregation, "streams": streams or None}
+    try:
+        return AttnResConfig(parse_blocks(blocks), **chosen)
+    except AttnResError:
+        raise
+    except ValueError as error:
+        raise CommandError(f"--{error}") from error
 
 
 def run_demo(**settings: Any) -> None:
@@ -256,7 +267,7 @@ def run_bench(name: str, json_file: Path | None, *, alone: bool, **settings: Any
         result.save(json_file)
 
 
-def explain_model(name: str, blocks: int | Literal["full"], *, as_json: bool = False) -> str:
+def explain_model(name: str, config: "AttnResConfig", *, as_json: bool = False) -> str:
     """The report of :func:`attnres_rewrite.explain` on a model named on the command line.
 
     Raises:
@@ -265,14 +276,14 @@ def explain_model(name: str, blocks: int | Literal["full"], *, as_json: bool = F
     from attnres_rewrite import explain
 
     model, example_inputs = load_model(name)
-    report = explain(model, blocks, example_inputs=example_inputs)
+    report = explain(model, config=config, example_inputs=example_inputs)
     return json.dumps(report.to_dict(), indent=1) if as_json else str(report)
 
 
 def export_model(
     name: str,
     out: Path,
-    blocks: int | Literal["full"],
+    config: "AttnResConfig",
     weights: Path | None,
     *,
     as_json: bool = False,
@@ -283,7 +294,7 @@ def export_model(
     Args:
         name: As for :func:`load_model`.
         out: The file to write.
-        blocks: Number of blocks, for a model that is not rewritten yet.
+        config: How a model is rewritten that is not yet.
         weights: A file for :func:`load_weights`.
         as_json: Whether to tell it as JSON.
         **options: Those of :func:`attnres_rewrite.export_onnx`.
@@ -303,84 +314,15 @@ def export_model(
         if not any(attnres_parameters(model)):
             # Only the export runs the model, so that no kernel is worth compiling; a graph takes no backend.
             backend = "inductor" if isinstance(model, GraphModule) else "eager"
-            model = rewrite(model, blocks, example_inputs=example_inputs, backend=backend)
+            model = rewrite(model, config=config, example_inputs=example_inputs, backend=backend)
         if weights is not None:
             origin = load_weights(model, weights)
-        elif _is_config_folder(name):
+        elif is_config_folder(name):
             origin = "random, because a configuration has none; --weights FILE exports trained ones"
         else:
             origin = f"as {name} returned them"
         exported = export_onnx(model, out, example_inputs, **options)
     return _as_json(exported, origin) if as_json else _as_text(exported, origin)
-
-
-def load_weights(model: "nn.Module", path: Path) -> str:
-    """Load a state_dict of ``model``, or of ``model`` before it was rewritten, from a file.
-
-    Args:
-        model: A rewritten model.
-        path: A ``.safetensors`` file, or one that ``torch.save`` wrote.
-
-    Returns:
-        What the weights are now, in words.
-
-    Raises:
-        CommandError: The file cannot be read, or it does not fit.
-    """
-    from attnres_rewrite import attnres_parameters
-
-    given = _read_weights(path)
-    state = model.state_dict(keep_vars=True)
-    attnres = {name for name, _ in attnres_parameters(model)}
-    plain = not attnres & set(given)
-    # Tied weights are one tensor under several names, and files often have only one of them.
-    loaded = {id(state[key]) for key in given if key in state}
-    missing = [key for key, value in state.items() if key not in given and id(value) not in loaded]
-    missing = [key for key in missing if not (plain and key in attnres)]
-    unexpected = [key for key in given if key not in state]
-    shapes = [
-        f"{key} {list(value.shape)} instead of {list(state[key].shape)}"
-        for key, value in given.items()
-        if key in state and value.shape != state[key].shape
-    ]
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    faults = [f"{len(keys)} {kind} ({_listed(keys)})" for kind, keys in kinds.items() if keys]
-    if faults:
-        raise CommandError(
-            f"--weights {path} does not fit the {type(model).__name__}: {'; '.join(faults)}; it takes a whole "
-            "state_dict of the rewritten model or of the plain one"
-        )
-    model.load_state_dict(given, strict=False)
-    return f"{path}, of a plain model: pseudo-queries and gains stay as they were" if plain else str(path)
-
-
-def _read_weights(path: Path) -> "dict[str, Tensor]":
-    import torch
-
-    if not path.is_file():
-        raise CommandError(f"--weights {path}: there is no such file")
-    try:
-        if path.suffix == ".safetensors":
-            require("safetensors")
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except CommandError:
-        raise
-    except Exception as error:
-        raise CommandError(
-            f"--weights {path} cannot be read ({type(error).__name__}): it takes what torch.save(model.state_dict(), "
-            "...) writes, or a file whose name ends in .safetensors"
-        ) from error
-    if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        held = f"a {type(found).__name__}" + (f" with {_listed(list(found))}" if isinstance(found, Mapping) else "")
-        raise CommandError(f"--weights {path} holds {held}, not a state_dict: save model.state_dict() by itself")
-    return dict(found)
-
-
-def _listed(keys: Sequence[object]) -> str:
-    return ", ".join(map(str, keys[:_KEYS_SHOWN])) + (", ..." if len(keys) > _KEYS_SHOWN else "")
 
 
 def _as_json(exported: "OnnxExport", weights: str) -> str:
@@ -398,58 +340,6 @@ def _as_text(exported: "OnnxExport", weights: str) -> str:
         "largest difference between ONNX Runtime and PyTorch, relative to the largest output:",
     ]
     return "\n".join([*lines, *(f"  sizes {sizes}: {value:.1e}" for sizes, value in exported.differences.items())])
-
-
-def _is_config_folder(name: str) -> bool:
-    return Path(name, "config.json").is_file()
-
-
-def load_model(name: str, device: str = "meta") -> "tuple[nn.Module, Any]":
-    """The model that a configuration folder or ``module:factory`` describes, and its example inputs or ``None``.
-
-    A configuration makes a model on ``device``; on the meta device its size does not matter. A factory returns
-    a model, or a model and example inputs for it.
-
-    Raises:
-        CommandError: There is no such model.
-    """
-    if _is_config_folder(name):
-        return _from_config(Path(name), device), None
-    module_name, colon, factory = name.partition(":")
-    if not colon:
-        raise CommandError(
-            f"{name!r} is neither a folder with a config.json nor module:factory, such as my_package.models:make_model"
-        )
-    from torch import nn
-
-    sys.path.insert(0, "")
-    try:
-        made = getattr(importlib.import_module(module_name), factory)()
-    except (ImportError, AttributeError) as error:
-        raise CommandError(f"{name}: {error}") from error
-    finally:
-        sys.path.remove("")
-    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(model, nn.Module):
-        raise CommandError(f"{name} returned a {type(model).__name__}, not an nn.Module")
-    return model, inputs
-
-
-def _from_config(folder: Path, device: str) -> "nn.Module":
-    require("transformers")
-    import torch
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(folder)
-    if device == "meta":
-        # An empty cache made on the meta device cannot be traced, and a report has no use for one.
-        config.use_cache = False
-    names: Sequence[str] = getattr(config, "architectures", None) or ()
-    kinds = (getattr(transformers, name, None) for name in names)
-    kind = next((kind for kind in kinds if kind is not None), None)
-    with torch.device(device):
-        made: nn.Module = kind(config) if kind is not None else transformers.AutoModel.from_config(config)
-    return made
 
 
 if __name__ == "__main__":

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from attnres_rewrite.errors import BlockPartitionError
 
-Blocks = int | Literal["full"] | Mapping[str, int | Literal["full"]]
+BlocksOfStream = int | Literal["full"] | Sequence[int]
+Blocks = BlocksOfStream | Mapping[str, BlocksOfStream]
+_DEFAULT_BLOCKS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +21,8 @@ class AttnResConfig:
 
     Attributes:
         blocks: Number N of blocks, ``"full"`` (every branch output its own block, the paper's Full
-            AttnRes), or a mapping from owner module name to either, for models with several streams.
+            AttnRes), the number of layers in every block (``[2, 2, 4, 4]``), or a mapping from owner module name to
+            any of these, for models with several streams.
         layers_per_block: Instead of ``blocks``: groups of this many layers, the last takes what remains.
         aggregation: ``"mean"`` (the paper: the weighted average of the sources) or ``"sum"`` (n times
             that, which with zero queries is exactly the plain residual stream).
@@ -28,14 +32,16 @@ class AttnResConfig:
         schedule: How the sites are evaluated: ``"per_read"`` (one fused pass per read), ``"two_phase"`` (the reads of a
             block share one pass over the complete blocks, the paper's section 4; equal up to rounding), or ``"auto"``:
             in two phases where Inductor compiles a graph for more than a few tokens, read by read elsewhere.
-        streams: Names of the owner modules whose streams are rewritten; ``None`` means all.
+        streams: Names of the owner modules whose streams are rewritten, or one name; ``None`` means all.
+        leftovers: What becomes of sublayers that are on no stream and in no branch of one: ``"refuse"`` (the model) or
+            ``"plain"`` (they keep their plain residuals, and what there are streams of is rewritten).
 
     Raises:
-        BlockPartitionError: ``blocks`` or ``layers_per_block`` is not a positive integer.
+        BlockPartitionError: ``blocks`` or ``layers_per_block`` is not a positive integer, or both are given.
         ValueError: Another field has a value outside its range.
     """
 
-    blocks: Blocks = 8
+    blocks: Blocks = _DEFAULT_BLOCKS
     layers_per_block: int | None = None
     aggregation: Literal["mean", "sum"] = "mean"
     eps: float = 1e-6
@@ -43,24 +49,53 @@ class AttnResConfig:
     key_gain: bool = True
     schedule: Literal["auto", "per_read", "two_phase"] = "auto"
     streams: tuple[str, ...] | None = None
+    leftovers: Literal["refuse", "plain"] = "refuse"
 
     def __post_init__(self) -> None:
-        each = self.blocks.values() if isinstance(self.blocks, Mapping) else [self.blocks]
-        for blocks in each:
-            if blocks != "full":
-                _check_count("blocks", blocks)
+        object.__setattr__(self, "blocks", _checked(self.blocks))
         if self.layers_per_block is not None:
             _check_count("layers_per_block", self.layers_per_block)
-        for name, allowed in (("aggregation", ("mean", "sum")), ("schedule", ("auto", "per_read", "two_phase"))):
+            if self.blocks != _DEFAULT_BLOCKS:
+                raise BlockPartitionError(
+                    f"blocks={self.blocks!r} and layers_per_block={self.layers_per_block} both say how the layers are "
+                    "grouped: give one of them"
+                )
+        choices = {
+            "aggregation": ("mean", "sum"),
+            "schedule": ("auto", "per_read", "two_phase"),
+            "leftovers": ("refuse", "plain"),
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
-        if not self.eps >= 0:
-            raise ValueError(f"eps must not be negative, not {self.eps!r}")
+        if not (_is_number(self.eps) and self.eps >= 0):
+            raise ValueError(f"eps must be a number that is not negative, not {self.eps!r}")
+        if not _is_number(self.scale):
+            raise ValueError(f"scale must be a finite number, not {self.scale!r}")
+        if not isinstance(self.key_gain, bool):
+            raise ValueError(f"key_gain must be True or False, not {self.key_gain!r}")
         if self.streams is not None:
-            object.__setattr__(self, "streams", tuple(self.streams))
+            names = (self.streams,) if isinstance(self.streams, str) else tuple(self.streams)
+            if not all(isinstance(name, str) for name in names):
+                raise ValueError(f"streams must be names of modules, not {names!r}")
+            object.__setattr__(self, "streams", names)
 
-    def blocks_of(self, owner: str) -> int | Literal["full"]:
-        """The number of blocks of the stream that the module ``owner`` holds."""
+    def with_blocks(self, blocks: Blocks) -> AttnResConfig:
+        """This configuration with ``blocks``, which it must not have settled itself.
+
+        Raises:
+            BlockPartitionError: It names other blocks, or layers per block.
+        """
+        blocks = _checked(blocks)
+        if self.layers_per_block is None and self.blocks in (_DEFAULT_BLOCKS, blocks):
+            return dataclasses.replace(self, blocks=blocks)
+        named = "blocks" if self.layers_per_block is None else "layers_per_block"
+        raise BlockPartitionError(
+            f"blocks={blocks!r} was given, and config says {named}={getattr(self, named)!r}: give one of them"
+        )
+
+    def blocks_of(self, owner: str) -> BlocksOfStream:
+        """The blocks of the stream that the module ``owner`` holds: their number, or the layers in every one."""
         if not isinstance(self.blocks, Mapping):
             return self.blocks
         if owner not in self.blocks:
@@ -81,9 +116,29 @@ class AttnResConfig:
     def from_json(cls, text: str) -> AttnResConfig:
         """The configuration that :meth:`to_json` wrote."""
         fields: dict[str, Any] = json.loads(text)
-        if fields["streams"] is not None:
-            fields["streams"] = tuple(fields["streams"])
         return cls(**fields)
+
+
+def _checked(blocks: Blocks) -> Blocks:
+    if isinstance(blocks, Mapping):
+        return {name: _checked_blocks(one) for name, one in blocks.items()}
+    return _checked_blocks(blocks)
+
+
+def _checked_blocks(blocks: BlocksOfStream) -> BlocksOfStream:
+    """``blocks`` of one stream, sizes as a tuple."""
+    if blocks == "full":
+        return blocks
+    if isinstance(blocks, (list, tuple)) and blocks:
+        for size in blocks:
+            _check_count("the number of layers in a block", size)
+        return tuple(blocks)
+    _check_count("blocks", blocks)
+    return blocks
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_count(name: str, value: object) -> None:
@@ -92,16 +147,19 @@ def _check_count(name: str, value: object) -> None:
         raise BlockPartitionError(f"{name} must be a positive integer{extra}, not {value!r}")
 
 
-def partition_layers(layers: int, *, blocks: int | None = None, layers_per_block: int | None = None) -> list[int]:
+def partition_layers(
+    layers: int, *, blocks: int | Sequence[int] | None = None, layers_per_block: int | None = None
+) -> list[int]:
     """Sizes of the contiguous groups of whole layers, first to last.
 
     Args:
         layers: Number of layers of the stream.
-        blocks: Exactly this many groups, whose sizes differ by at most one, the larger ones first.
+        blocks: Exactly this many groups, whose sizes differ by at most one, the larger ones first; or the sizes.
         layers_per_block: Groups of this many layers; the last takes what remains.
 
     Raises:
-        BlockPartitionError: More blocks (or layers in a block) are asked for than there are layers.
+        BlockPartitionError: More blocks (or layers in a block) are asked for than there are layers, or the sizes given
+            are not those of all layers.
     """
     if layers_per_block is not None:
         if layers_per_block > layers:
@@ -111,10 +169,19 @@ def partition_layers(layers: int, *, blocks: int | None = None, layers_per_block
         full, rest = divmod(layers, layers_per_block)
         return [layers_per_block] * full + [rest] * (rest > 0)
     assert blocks is not None
+    if not isinstance(blocks, int):
+        if sum(blocks) != layers:
+            raise BlockPartitionError(
+                f"blocks={list(blocks)} are {sum(blocks)} layers, but the stream has {layers}: give sizes whose sum "
+                f"is {layers}"
+            )
+        return list(blocks)
     if blocks > layers:
+        default = f". {blocks} is the default: write rewrite(model, blocks={layers}), or fewer"
         raise BlockPartitionError(
             f"blocks={blocks}, but the stream has only {layers} layers and a block holds whole layers: "
             f'choose at most {layers}, or blocks="full" to make every branch output its own block'
+            + (default if blocks == _DEFAULT_BLOCKS else "")
         )
     size, larger = divmod(layers, blocks)
     return [size + 1] * larger + [size] * (blocks - larger)

@@ -12,10 +12,10 @@ from torch import Tensor, fx, nn
 
 from attnres_rewrite.api import require_live
 from attnres_rewrite.backend import AttnResBackend
-from attnres_rewrite.capture import ExampleInputs, example_call
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import GraphBreakError, MissingPackageError
 from attnres_rewrite.graph import carries_data, module_path
+from attnres_rewrite.inputs import ExampleInputs, as_it_was, example_call, without_traces
 from attnres_rewrite.live import run_through
 from attnres_rewrite.ops import depth_weights
 from attnres_rewrite.passes import Site
@@ -129,7 +129,7 @@ def depth_attention(model: nn.Module, example_inputs: ExampleInputs | None = Non
     require_live(model, "depth_attention")
     call = example_call(model, example_inputs)
     backend = _RecordingBackend()
-    with torch.no_grad(), torch.random.fork_rng():
+    with as_it_was(model), without_traces(model):
         run_through(model, call.run, backend)
     return _table(list(backend.recorded.values()))
 

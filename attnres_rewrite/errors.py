@@ -34,6 +34,10 @@ class ExampleInputsError(AttnResError, ValueError):
     """The example inputs are missing, or the model does not run on them."""
 
 
+class OnnxExportError(AttnResError):
+    """The model could not be exported, or ONNX Runtime computes something else than PyTorch."""
+
+
 class MissingPackageError(AttnResError, ImportError):
     """A package of an optional extra is not installed."""
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
-from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite import _compat
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import GraphBreakError
 from attnres_rewrite.graph import require_tensor
-from attnres_rewrite.passes import Site, SiteParameters
+from attnres_rewrite.norms import tell_reads_without_norm
+from attnres_rewrite.passes import InlineRegions, Site, SiteParameters
 from attnres_rewrite.pipeline import analyse, insert
 from attnres_rewrite.streams import ResidualStream, StreamPlan
 
@@ -48,17 +50,57 @@ def rewrite_exported(
         plans = _recorded([plan.stream for plan in plans], recorded)
     binder = _Binder(program, module, config)
     sites = [insert(module, plan, binder.parameters(plan), config) for plan in plans]
+    if recorded is None:
+        tell_reads_without_norm([site for inserted in sites for site in inserted], config)
+    calls = _module_calls(program, module, plans, sites)
+    module, signature = _compat.outline_modes(module, binder.signature())
+    return _with_graph(program, module, signature, binder.state, calls)
+
+
+def flattened(program: ExportedProgram) -> ExportedProgram:
+    """``program`` as one graph for inference, in which every site can be seen; the same object if it is one already.
+
+    Parts of it may have run without gradients, which makes no difference to the values, or under autocast, which does.
+    """
+    module = GraphModule(program.graph_module, _compat.copy_graph(program.graph))
+    if not InlineRegions()(module):
+        return program
+    for node in [node for node in module.graph.nodes if _compat.sets_grad_enabled(node) is not None]:
+        module.graph.erase_node(node)
+    module.recompile()
+    signature = _signature(program, program.graph_signature.input_specs, module)
+    return _with_graph(program, module, signature, program.state_dict, program.module_call_graph)
+
+
+def _with_graph(
+    program: ExportedProgram,
+    module: GraphModule,
+    signature: ExportGraphSignature,
+    state: dict[str, Any],
+    calls: list[ModuleCallEntry],
+) -> ExportedProgram:
     return ExportedProgram(
         root=module,
         graph=module.graph,
-        graph_signature=binder.signature(),
-        state_dict=binder.state,
+        graph_signature=signature,
+        state_dict=state,
         range_constraints=dict(program.range_constraints),
-        module_call_graph=_module_calls(program, module, plans, sites),
+        module_call_graph=calls,
         example_inputs=program.example_inputs,
         constants=dict(program.constants),
         verifiers=program.verifiers,
     )
+
+
+def _signature(program: ExportedProgram, inputs: Sequence[InputSpec], module: GraphModule) -> ExportGraphSignature:
+    """The signature of ``program`` with these inputs, and with outputs under their names in ``module``."""
+    output = next(n for n in reversed(module.graph.nodes) if n.op == "output")
+    specs = []
+    for spec, node in zip(program.graph_signature.output_specs, output.args[0], strict=True):
+        if isinstance(spec.arg, TensorArgument) and isinstance(node, Node):
+            spec = dataclasses.replace(spec, arg=TensorArgument(node.name))
+        specs.append(spec)
+    return ExportGraphSignature(input_specs=list(inputs), output_specs=specs)
 
 
 def _recorded(
@@ -154,19 +196,13 @@ class _Binder:
         self.state[name] = torch.nn.Parameter(torch.full((width,), start, dtype=root.dtype, device=root.device))
         position, self._parameters = self._parameters, self._parameters + 1
         with self.module.graph.inserting_before(self.placeholders[position]):
-            node = self.module.graph.placeholder("p_" + name.replace(".", "_"))
+            node = self.module.graph.placeholder("p_" + re.sub(r"\W", "_", name))
         with root.fake_mode:  # type: ignore[attr-defined]
             node.meta["val"] = torch.nn.Parameter(torch.empty(width, dtype=root.dtype, device=root.device))
         self.placeholders.insert(position, node)
         self.specs.insert(position, InputSpec(InputKind.PARAMETER, TensorArgument(node.name), name))
         return node
 
-    def signature(self) -> torch.export.ExportGraphSignature:
+    def signature(self) -> ExportGraphSignature:
         """The program's signature with the new inputs, and outputs under their present names."""
-        output = next(n for n in reversed(self.module.graph.nodes) if n.op == "output")
-        specs = []
-        for spec, node in zip(self.program.graph_signature.output_specs, output.args[0], strict=True):
-            if isinstance(spec.arg, TensorArgument) and isinstance(node, Node):
-                spec = dataclasses.replace(spec, arg=TensorArgument(node.name))
-            specs.append(spec)
-        return torch.export.ExportGraphSignature(input_specs=self.specs, output_specs=specs)
+        return _signature(self.program, self.specs, self.module)

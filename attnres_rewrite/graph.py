@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import operator
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
+# A mark on nodes whose operator worked in place when it was traced, and gives a tensor of its own now.
+FRESH = "attnres_fresh"
+
 # Operators whose result depends on the shape, dtype and device of the argument, not on its data.
 SHAPE_ONLY = frozenset(
     (
@@ -27,15 +29,6 @@ SHAPE_ONLY = frozenset(
         "new_empty new_full size sym_size dim numel sym_numel stride sym_stride _assert_tensor_metadata"
     ).split()
 )
-# Operators whose result may share memory with their first argument: views, and those that can return it as it is.
-ALIASING = frozenset(
-    (
-        "view reshape view_as reshape_as alias squeeze unsqueeze flatten unflatten getitem select slice transpose "
-        "permute t mT T swapaxes movedim chunk split unbind expand expand_as narrow detach as_strided diagonal real "
-        "contiguous to float double half bfloat16 type_as dropout identity"
-    ).split()
-)
-_IN_PLACE_OPERATORS = frozenset("iadd isub imul itruediv ifloordiv imod ipow iand ior ixor".split())
 # Operators that take the shape or dtype of their second argument, and the data of the first alone.
 _LIKE_ANOTHER = frozenset("expand_as view_as reshape_as type_as to".split())
 
@@ -130,43 +123,6 @@ def depends_on(node: Node, is_value: Callable[[Node], bool], earliest: int, inde
     return False
 
 
-def overwritten_by(node: Node) -> Node | None:
-    """The node whose tensor ``node`` changes in place, if it does so."""
-    first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
-    target, name = node.target, op_name(node)
-    if isinstance(target, torch._ops.OpOverload):
-        for argument, value in zip(target._schema.arguments, node.args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node):
-                return value
-        return None
-    if node.op == "call_method":
-        return first if name.startswith("__i") or (name.endswith("_") and not name.endswith("__")) else None
-    if node.op != "call_function":
-        return None
-    if getattr(operator, name, None) is target:
-        return first if name == "setitem" or name in _IN_PLACE_OPERATORS else None
-    return first if node.kwargs.get("inplace") or name.endswith("_") else None
-
-
-def memory_base(node: Node) -> Node:
-    """The node whose memory ``node`` may be a view of."""
-    while op_name(node) in ALIASING and node.args and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
-
-
-def aliases_of(node: Node) -> set[Node]:
-    """The nodes that may be views of the same memory as ``node``, itself among them."""
-    base = memory_base(node)
-    found, pending = {base}, [base]
-    while pending:
-        for user in pending.pop().users:
-            if op_name(user) in ALIASING and user not in found and user.args and user.args[0] in found:
-                found.add(user)
-                pending.append(user)
-    return found
-
-
 def submodule_of(node: Node) -> torch.nn.Module | None:
     """The module that ``node`` calls, in a graph that calls modules."""
     if node.op != "call_module" or node.graph.owning_module is None:
@@ -175,15 +131,16 @@ def submodule_of(node: Node) -> torch.nn.Module | None:
 
 
 _ROOT = re.compile(r"^[LG]\[[^\]]*\](\.__self__|\[\d+\])*")
-_INDEX = re.compile(r"\[['\"]?(\w+)['\"]?\]")
-_LIVE_OWNER = re.compile(r"(^|\.)forward\.owner(?=\.|$)|^owner(?=\.|$)")
+_INDEX = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
+_LIVE_OWNER = re.compile(r"(^|\.)(forward|attn_res\.live)\.attnres_owner(?=\.|$)|^attnres_owner(?=\.|$)")
 
 
 def normalise_path(path: str) -> str:
     """A module path as ``state_dict`` spells it, relative to the root of the trace.
 
     Dynamo writes ``L['self'].model.layers.0``, export ``model.layers.0``. The modules of a rewritten
-    owner are reached through its wrapped forward, which Dynamo spells ``model.forward.owner.layers.0``.
+    owner are reached through its wrapped forward, which Dynamo spells ``model.forward.attnres_owner.layers.0``, or
+    through the child that holds the site parameters.
     """
     path = _INDEX.sub(r".\1", _ROOT.sub("", path)).replace(".__dict__.", ".").replace("._modules.", ".").strip(".")
     return _LIVE_OWNER.sub("", path).strip(".")
@@ -235,7 +192,7 @@ def source_line(node: Node) -> str:
 def copy_meta(source: Node, target: Node) -> Node:
     """Give the new node ``target`` the provenance of ``source``: its module, source line and the like."""
     for key, field in source.meta.items():
-        if key not in ("val", "example_value", "tensor_meta", "unbacked_bindings"):
+        if key not in ("val", "example_value", "tensor_meta", "unbacked_bindings", FRESH):
             target.meta.setdefault(key, field)
     return target
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite import _compat
-from attnres_rewrite.capture import Call, ExampleInputs, example_call
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import ExampleInputsError
 from attnres_rewrite.graph import GraphBuilder, op_name, require_tensor, source_line, tensor_of
-from attnres_rewrite.live import AttnResSite
+from attnres_rewrite.inputs import Call, ExampleInputs, example_call
+from attnres_rewrite.norms import tell_reads_without_norm
 from attnres_rewrite.passes import SiteParameters
 from attnres_rewrite.pipeline import analyse, insert
+from attnres_rewrite.site_parameters import AttnResSite
 from attnres_rewrite.streams import StreamPlan
 
 
@@ -26,8 +27,8 @@ def rewrite_graph_module(
     """
     module = with_metadata(module, example_inputs)
     plans, maker = analyse([module], config).plans, _SiteMaker(module, config)
-    for plan in plans:
-        insert(module, plan, maker.parameters(plan), config)
+    sites = [site for plan in plans for site in insert(module, plan, maker.parameters(plan), config)]
+    tell_reads_without_norm(sites, config)
     return module
 
 
@@ -39,7 +40,8 @@ def with_metadata(module: GraphModule, example_inputs: ExampleInputs | None) -> 
         # Submodules that only higher-order operators refer to are not copied by the constructor.
         if not hasattr(new, name):
             new.add_module(name, submodule)
-    new.train(module.training)
+    # Not by train(), which would set the submodules, and these are shared with the module that was given.
+    new.training = module.training
     if example_inputs is None:
         if all(tensor_of(n) is None for n in new.graph.nodes):
             raise ExampleInputsError(

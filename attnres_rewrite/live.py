@@ -1,7 +1,7 @@
 """The live form: a module rewritten in place, with its class, its keys and its methods kept.
 
 The owner of a stream gets two things: a child ``attn_res`` that holds the site parameters, and an
-instance attribute ``forward`` that runs the class's forward through the compiler.
+instance attribute ``forward`` that runs the class's forward through the compiler. Its layers get a guard.
 """
 
 from __future__ import annotations
@@ -9,112 +9,22 @@ from __future__ import annotations
 import copy
 import inspect
 import types
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from attnres_rewrite import _compat
 from attnres_rewrite.anchor import AnchorSpec, not_rewritten_message
 from attnres_rewrite.backend import AttnResBackend
-from attnres_rewrite.capture import compiled
 from attnres_rewrite.errors import NotRewrittenError
-from attnres_rewrite.huggingface import install_output_hooks
-
-
-class AttnResSite(nn.Module):
-    """The parameters of one site: pseudo-query ``[D]``, zero at first, and key gain ``[D]``, one at first.
-
-    Args:
-        width: D, the width of the stream.
-        gain: Whether there is a key gain.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        *,
-        gain: bool = True,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.query = nn.Parameter(torch.zeros(width, device=device, dtype=dtype))
-        self.gain = nn.Parameter(torch.ones(width, device=device, dtype=dtype)) if gain else None
-
-    def extra_repr(self) -> str:
-        """The width, for ``print(model)``."""
-        return f"width={self.query.numel()}, gain={self.gain is not None}"
-
-
-class AttnResSites(nn.ModuleList):
-    """All sites of one owner, in depth order, with the token of its anchor.
-
-    Args:
-        sites: The sites.
-        state: That of the rewritten model.
-        owner: Name of the owner, for messages.
-    """
-
-    token: Tensor
-
-    def __init__(self, sites: Sequence[AttnResSite], state: LiveState, owner: str) -> None:
-        super().__init__(sites)
-        self.state, self.owner = state, owner
-        device = sites[0].query.device
-        self.register_buffer("token", torch.zeros(1, device=device), persistent=False)
-
-    def flat(self) -> list[Tensor]:
-        """Query and gain of every site, in the order in which the anchor takes them."""
-        return [p for site in self for p in (site.query, site.gain) if p is not None]  # type: ignore[misc]
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """As of every module, but not for ``torch.fx.symbolic_trace``.
-
-        It asks for the names of the root's modules and then runs the forward of the root's class, past
-        the live forward, so that this is where it can be stopped.
-        """
-        if self.state.enabled and _compat.is_symbolically_tracing():
-            raise NotRewrittenError(not_rewritten_message(self.owner))
-        named: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
-        return named
-
-
-class LiveState:
-    """What all owners of one rewritten model share.
-
-    Attributes:
-        enabled: Whether AttnRes runs; ``disabled(model)`` clears it for a while.
-        backend: The one backend that compiles this model's graphs.
-        options: Further options of ``torch.compile``.
-        scalars: Whether the model is one graph only if ``tensor.item()`` is taken into it.
-        whole: Whether the model was captured as one graph.
-    """
-
-    def __init__(
-        self, backend: AttnResBackend, options: dict[str, Any], *, scalars: bool = False, whole: bool = True
-    ) -> None:
-        self.enabled = True
-        self.backend = backend
-        self.options = options
-        self.scalars = scalars
-        self.whole = whole
-
-    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, compiled by the backend, with a cache of its own."""
-        _compat.ignore_logged_warnings()
-        compiled: Callable[..., Any] = torch.compile(
-            _compat.with_own_code(function), backend=self.backend, **self.options
-        )
-        return compiled
-
-    def run(self, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call what was compiled, as the model was captured."""
-        with _compat.capturing_scalars(self.scalars):
-            return compiled(*args, **kwargs)
+from attnres_rewrite.inputs import Taken, compiled, give_back_compilation, take_compilation
+from attnres_rewrite.layer_guard import LayerGuard, install_guards, remove_guards
+from attnres_rewrite.live_state import LiveState
+from attnres_rewrite.output_hooks import OwnCompiledCall, install_output_hooks, make_hooks_traceable
+from attnres_rewrite.site_parameters import AttnResSite, AttnResSites
 
 
 class LiveForward:
@@ -125,44 +35,90 @@ class LiveForward:
     """
 
     def __init__(self, owner: nn.Module, spec: AnchorSpec, state: LiveState) -> None:
-        self.owner, self.state = owner, state
+        # No name that a module of a user's would have: graphs tell modules by their path.
+        self.attnres_owner, self.state = owner, state
         self.spec = spec.to_json()
+        # The same in all copies.
+        self.rewrite = uuid.uuid4().hex
         self.replaced = owner.__dict__.get("forward")
         self._of_class = type(owner).forward
         self._compiled: Callable[..., Any] | None = None
 
+    @property
+    def __self__(self) -> nn.Module:
+        return self.attnres_owner
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        # As of a bound method: libraries take it to wrap it and bind the result again, which a deep copy follows.
+        def forward(owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self.of(owner, *args, **kwargs)
+
+        return forward
+
+    def of(self, owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The forward of ``owner``, the module that was rewritten or a copy of it, as it is now."""
+        sites = getattr(owner, "attn_res", None)
+        if isinstance(sites, AttnResSites) and sites.live.rewrite == self.rewrite:
+            return sites.live.run(owner, *args, **kwargs)
+        # Taken out, and perhaps rewritten anew: then whoever wraps this is called by the new one.
+        return self.original(owner, *args, **kwargs)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layers with AttnRes; raises :class:`NotRewrittenError` where that cannot be."""
+        if args and isinstance(args[0], _CalledOn):
+            return self.run(args[0].module, *args[1:], **kwargs)
+        return self.run(self.attnres_owner, *args, **kwargs)
+
+    def run(self, owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The forward of ``owner``, which may be a shallow copy of the one that was rewritten."""
         if torch.compiler.is_dynamo_compiling():
-            return self.run_layers(*args, **kwargs)
-        if not self.state.enabled:
-            return self.original(*args, **kwargs)
+            return self.run_layers(owner, *args, **kwargs)
+        state = self.state
+        # Plain residuals too are compiled where another backend is to see them.
+        if state.undone or (not state.enabled and state.override is None):
+            return self.original(owner, *args, **kwargs)
         if _is_traced() or torch.compiler.is_exporting() or _compat.compile_disabled():
             raise NotRewrittenError(not_rewritten_message(AnchorSpec.from_json(self.spec).owner))
-        install_output_hooks(self.owner, kwargs)
-        if self._compiled is None:
-            self._compiled = self.state.compile(_run_layers)
-        return self.state.run(self._compiled, self, *args, **kwargs)
+        install_output_hooks(owner, kwargs)
+        make_hooks_traceable(owner)
+        if modes := _compat.active_dispatch_modes():
+            return state.run_watched(modes, _run_layers, self, owner, *args, **kwargs)
+        return state.run(self._compiled_here(), self, owner, *args, **kwargs)
 
-    def run_layers(self, *args: Any, **kwargs: Any) -> Any:
+    def _compiled_here(self) -> Callable[..., Any]:
+        if (override := self.state.override) is not None:
+            if id(self) not in override.compiled:
+                override.compiled[id(self)] = self.state.compile(_run_layers, override.backend)
+            return override.compiled[id(self)]
+        compiled = self._compiled
+        if compiled is None:
+            # Of two threads that come first together one compiles in vain.
+            compiled = self._compiled = self.state.compile(_run_layers)
+        return compiled
+
+    def run_layers(self, owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The anchor and the original forward, for Dynamo to trace."""
+        if self.state.undone:
+            return self.original(owner, *args, **kwargs)
+        sites: Any = owner.attn_res
         if self.state.enabled:
-            sites: Any = self.owner.attn_res
             torch.ops.attnres.anchor.default(sites.token, sites.flat(), self.spec)
-            return _compat.unfused(self.original, *args, **kwargs)
-        return self.original(*args, **kwargs)
+        elif not torch.compiler.is_exporting():
+            torch.ops.attnres.plain_anchor.default(sites.token, self.spec)
+        return _compat.unfused(self.original, owner, *args, **kwargs)
 
-    def original(self, *args: Any, **kwargs: Any) -> Any:
+    def original(self, owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The forward that the owner had before the rewrite."""
         if self.replaced is not None:
             return self.replaced(*args, **kwargs)
         # Kept, and not taken from the class here: Dynamo does not look into a class that is allow_in_graph.
-        return self._of_class(self.owner, *args, **kwargs)
+        return self._of_class(owner, *args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
         # Libraries look at the signature of forward to see which arguments a model takes.
-        return inspect.signature(self.replaced or self._of_class.__get__(self.owner))
+        return inspect.signature(self.replaced or self._of_class.__get__(self.attnres_owner))
 
     @property
     def __code__(self) -> types.CodeType:
@@ -175,7 +131,7 @@ class LiveForward:
         return {name: value for name, value in self.__dict__.items() if name not in ("_compiled", "_of_class")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _compiled=None, _of_class=type(state["owner"]).forward)
+        self.__dict__.update(state, _compiled=None, _of_class=type(state["attnres_owner"]).forward)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LiveForward:
         new = object.__new__(LiveForward)
@@ -184,23 +140,68 @@ class LiveForward:
         return new
 
 
+class _CalledOn:
+    """The first argument of a live forward that is called on another module than its owner."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+
+class TellsItsModule:
+    """A forward pre-hook of an owner: tells the live forward which module is called.
+
+    The instance attribute ``forward`` of a shallow copy, or of a replica that ``nn.DataParallel`` makes, belongs to the
+    original, and would run its weights.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The arguments, after the module if that is not the owner."""
+        sites: Any = module.attn_res
+        if sites.live.attnres_owner is module:
+            return None
+        if sites.live.replaced is not None:
+            raise NotRewrittenError(
+                f"this {type(module).__name__} is a shallow copy of a rewritten module whose forward is one of an "
+                "object, so it would run the original's weights: make a copy with copy.deepcopy"
+            )
+        return (_CalledOn(module), *args), kwargs
+
+
 class RootCall:
     """The call of a model whose owners lie deeper, compiled: what surrounds them joins their graph."""
 
     def __init__(self, model: nn.Module, state: LiveState, owner: str) -> None:
         self.model, self.state, self.owner = model, state, owner
-        _compat.ignore_logged_warnings()
         model.compile(backend=state.backend, **state.options, **_compat.isolated_compile_options())
-        self.compiled: Any = model._compiled_call_impl
+        self.compiled: Any = _compat.compiled_call(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; raises :class:`NotRewrittenError` for a tracer."""
-        if torch.compiler.is_dynamo_compiling() or not self.state.enabled:
-            return self.model._call_impl(*args, **kwargs)
+        state = self.state
+        if torch.compiler.is_dynamo_compiling() or not state.enabled:
+            return _compat.call_uncompiled(self.model, *args, **kwargs)
+        if state.override is not None:
+            return _compat.call_uncompiled(self.model, *args, **kwargs)
         if _is_traced():
             raise NotRewrittenError(not_rewritten_message(self.owner))
         install_output_hooks(self.model, kwargs)
-        return self.state.run(self.compiled, *args, **kwargs)
+        make_hooks_traceable(self.model)
+        if modes := _compat.active_dispatch_modes():
+            return state.run_watched(modes, _call, self.model, *args, **kwargs)
+        return state.run(self.compiled, *args, **kwargs)
+
+
+class ReplicateWithoutRootCall:
+    """What ``nn.DataParallel`` asks of a root: a replica must not have the compiled call of the original."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self) -> nn.Module:
+        """A replica that is compiled at its owners."""
+        replica: nn.Module = getattr(type(self.model), _compat.REPLICATE)(self.model)
+        _compat.set_compiled_call(replica, None)
+        return replica
 
 
 def _is_traced() -> bool:
@@ -208,68 +209,98 @@ def _is_traced() -> bool:
     return _compat.is_jit_tracing() or _compat.is_symbolically_tracing()
 
 
-def _run_layers(forward: LiveForward, *args: Any, **kwargs: Any) -> Any:
-    return forward.run_layers(*args, **kwargs)
+def _run_layers(forward: LiveForward, owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return forward.run_layers(owner, *args, **kwargs)
+
+
+def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return _compat.call_uncompiled(model, *args, **kwargs)
 
 
 def live_forwards(model: nn.Module) -> Iterator[tuple[str, LiveForward]]:
-    """Name and live forward of every owner in ``model``."""
+    """Name and live forward of every owner in ``model``, also of one that a library has wrapped since."""
     for name, module in model.named_modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, LiveForward):
-            yield name, forward
+        sites = getattr(module, "attn_res", None)
+        if isinstance(sites, AttnResSites):
+            yield name, sites.live
 
 
 def run_through(model: nn.Module, call: Callable[[Callable[..., Any]], Any], backend: AttnResBackend) -> Any:
-    """What ``call`` gives on the live ``model`` compiled by ``backend``.
+    """What ``call`` gives on the live ``model`` compiled by ``backend``, in this thread.
 
     Where the model is not one graph, every owner is compiled by itself: Dynamo's limit of recompilations is one for
     all backends, and what lies between the breaks is the library's code, which other models share.
     """
-    forwards = [forward for _, forward in live_forwards(model)]
-    state, root = forwards[0].state, model._compiled_call_impl
+    state = next(live_forwards(model))[1].state
     if state.whole:
         return call(compiled(model, backend, scalars=state.scalars))
-    own, compiled_by_own = state.backend, [forward._compiled for forward in forwards]
-    try:
-        state.backend, model._compiled_call_impl = backend, None
-        for forward in forwards:
-            forward._compiled = None
+    with state.compiled_here_by(backend):
         return call(model)
-    finally:
-        state.backend, model._compiled_call_impl = own, root
-        for forward, before in zip(forwards, compiled_by_own, strict=True):
-            forward._compiled = before
 
 
-def install(model: nn.Module, specs: Sequence[AnchorSpec], widths: Sequence[Sequence[int]], state: LiveState) -> None:
-    """Give every owner its parameters and its live forward, and compile the root.
+def install(
+    model: nn.Module,
+    specs: Sequence[AnchorSpec],
+    widths: Sequence[Sequence[int]],
+    layers: Mapping[str, Iterable[str]],
+    state: LiveState,
+) -> None:
+    """Give every owner its parameters and its live forward, guard its layers, and compile the root.
 
     Args:
         model: The model, changed in place.
         specs: One entry an owner.
         widths: For every owner, the width of every site.
+        layers: For every owner, the names of the modules that may run in its forward alone.
         state: What the owners share.
     """
+    around = [model.get_submodule(name) for name in _around(specs)]
+    state.taken = take_compilation(around)
+    for module in around:
+        if hasattr(module, "get_compiled_call"):
+            module.__dict__["get_compiled_call"] = OwnCompiledCall(module)
     for spec, site_widths in zip(specs, widths, strict=True):
         owner = model.get_submodule(spec.owner)
         like = next((p for p in owner.parameters() if p.is_floating_point()), None)
         placing = {"device": like.device, "dtype": like.dtype} if like is not None else {}
         sites = [AttnResSite(width, gain=spec.config.key_gain, **placing) for width in site_widths]  # type: ignore[arg-type]
-        owner.attn_res = AttnResSites(sites, state, spec.owner)
+        live = LiveForward(owner, spec, state)
+        owner.attn_res = AttnResSites(sites, state, spec.owner, live)
         owner.attn_res.train(owner.training)
-        owner.forward = LiveForward(owner, spec, state)
+        owner.forward = live
+        owner.register_forward_pre_hook(TellsItsModule(), prepend=True, with_kwargs=True)
+        install_guards(model, layers[spec.owner], LayerGuard(state, spec.owner, LiveForward.run_layers))
     if not any(spec.owner == "" for spec in specs):
         # What surrounds the owners (embedding, head, loss) is compiled with them as one graph.
-        model._compiled_call_impl = RootCall(model, state, specs[0].owner)
+        _compat.set_compiled_call(model, RootCall(model, state, specs[0].owner))
+        model.__dict__[_compat.REPLICATE] = ReplicateWithoutRootCall(model)
+
+
+def _around(specs: Sequence[AnchorSpec]) -> list[str]:
+    """Names of the owners and of all modules that contain one, the root first."""
+    parts = [spec.owner.split(".") if spec.owner else [] for spec in specs]
+    return sorted({".".join(path[:depth]) for path in parts for depth in range(len(path) + 1)})
 
 
 def uninstall(model: nn.Module) -> None:
-    """Take parameters and live forwards out again."""
-    for _, forward in list(live_forwards(model)):
-        owner = forward.owner
-        del owner.forward
-        if forward.replaced is not None:
-            owner.forward = forward.replaced
+    """Take parameters, live forwards, guards and compilation out again; the user's own compilation comes back."""
+    taken: Taken = []
+    for name, live in list(live_forwards(model)):
+        owner, state = model.get_submodule(name), live.state
+        state.undone = True
+        if owner.__dict__.get("forward") is live:
+            del owner.forward
+            if live.replaced is not None:
+                owner.forward = live.replaced
+        # Behind the forward of a library it stays, and passes the call on.
         del owner.attn_res
-    model._compiled_call_impl = None
+        _compat.remove_pre_hooks(owner, TellsItsModule)
+        taken, state.taken = [*taken, *state.taken], []
+    remove_guards(model)
+    for module in model.modules():
+        if isinstance(module.__dict__.get("get_compiled_call"), OwnCompiledCall):
+            del module.__dict__["get_compiled_call"]
+    if isinstance(_compat.compiled_call(model), RootCall):
+        _compat.set_compiled_call(model, None)
+    model.__dict__.pop(_compat.REPLICATE, None)
+    give_back_compilation(taken)

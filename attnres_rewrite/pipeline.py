@@ -10,18 +10,25 @@ from torch.fx import GraphModule
 
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import AttnResError, NoResidualStreamError, UnsupportedResidualError
+from attnres_rewrite.extent import extents_of
 from attnres_rewrite.graph import is_inside, op_name, source_line
 from attnres_rewrite.passes import (
+    AccountForSublayers,
     CheckRewrite,
+    Expansion,
     FindStreams,
     GroupLayers,
     InlineRegions,
     InsertAttnRes,
+    Leftover,
+    PlaceSites,
     Refusal,
+    RefuseDepthAttention,
     ResolveInplaceOps,
     ScheduleReads,
     Site,
     SiteParameters,
+    SpellOutSums,
     StreamAnalysis,
 )
 from attnres_rewrite.streams import Rejected, ResidualStream, StreamPlan, rejected_lines
@@ -49,6 +56,7 @@ def find_streams(module: GraphModule) -> StreamAnalysis:
     """The residual streams of ``module``, whose checkpointed regions and in-place adds are resolved first."""
     InlineRegions()(module)
     ResolveInplaceOps()(module)
+    SpellOutSums()(module)
     analysis: StreamAnalysis = FindStreams()(module)
     return analysis
 
@@ -73,10 +81,11 @@ def analyse(modules: Sequence[GraphModule], config: AttnResConfig) -> Analysis:
                 "undo(model) takes them out, then it can be rewritten again"
             )
     analyses = [find_streams(module) for module in modules]
+    refusals = [r for pair in zip(modules, analyses, strict=True) for r in _refusals(*pair, config)]
     found = StreamAnalysis(
         streams=tuple(stream for analysis in analyses for stream in analysis.streams),
         rejected=tuple(rejected for analysis in analyses for rejected in analysis.rejected),
-        refusals=tuple(refusal for analysis in analyses for refusal in analysis.refusals),
+        refusals=tuple(refusals),
     )
     for refusal in found.refusals:
         if not found.streams or _concerns(refusal, config.streams):
@@ -84,6 +93,16 @@ def analyse(modules: Sequence[GraphModule], config: AttnResConfig) -> Analysis:
     graph_of = {stream: module for module, a in zip(modules, analyses, strict=True) for stream in a.streams}
     plans = tuple(GroupLayers()(graph_of[stream], stream, config) for stream in selected(found.streams, config))
     return Analysis(plans, tuple(stream.owner for stream in found.streams), found.rejected)
+
+
+def _refusals(module: GraphModule, analysis: StreamAnalysis, config: AttnResConfig) -> list[Refusal]:
+    """Why one graph of a model cannot be rewritten, or not all of it, the most telling reason first."""
+    extents = extents_of(module.graph, analysis.streams)
+    found = [*RefuseDepthAttention()(module, extents), *analysis.refusals]
+    if config.leftovers == "refuse":
+        left: tuple[Leftover, ...] = AccountForSublayers()(module, extents, analysis.rejected)
+        found += [Refusal(one.module, one.error) for one in left]
+    return found
 
 
 def _explained(refusal: Refusal, found: StreamAnalysis) -> AttnResError:
@@ -125,7 +144,9 @@ def insert(
     module: GraphModule, plan: StreamPlan, parameters: Sequence[SiteParameters], config: AttnResConfig
 ) -> list[Site]:
     """Rewrite a planned stream of ``module`` in place and check the result."""
+    before = Expansion(plan)
     inserted: list[Site] = InsertAttnRes()(module, plan, parameters, config)
     scheduled: list[Site] = ScheduleReads()(module, inserted, config)
-    CheckRewrite()(module, plan, scheduled)
+    PlaceSites()(module, scheduled)
+    CheckRewrite()(module, plan, scheduled, before)
     return scheduled

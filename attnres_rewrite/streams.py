@@ -1,4 +1,4 @@
-"""What the analyses find: residual streams, their branches, layers, blocks and sites.
+"""What the analyses find: residual streams, their steps, branches, layers, blocks and sites.
 
 Frozen: an analysis writes these once, and the rewrite only reads them.
 """
@@ -6,45 +6,85 @@ Frozen: an analysis writes these once, and the rewrite only reads them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch.fx import Node
 
+AddendKind = Literal["value", "branch", "bias", "root"]
+StepKind = Literal["add", "link", "scale", "bias"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Addend:
+    """One operand of a step, times a number.
+
+    Attributes:
+        kind: ``"value"`` (a value of the stream), ``"branch"`` (a branch output, which computes from the stream),
+            ``"bias"`` (what does not), or ``"root"`` (a bias that the root itself is a sum of, as an embedding is).
+        node: The operand; of a value the node that computes it, without casts and views.
+        factor: The number that it is multiplied by.
+    """
+
+    kind: AddendKind
+    node: Node
+    factor: float = 1.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One operation on the stream.
+    """One linear operation that gives a value of the stream: a sum of addends, or one value times a tensor.
 
     Attributes:
-        kind: ``"add"`` (the stream plus a branch output), ``"scale"`` (the stream times ``operand``) or ``"bias"``
-            (the stream plus something that does not compute from it).
         node: The node that computes the new stream value.
-        operand: What is added or multiplied: a node or, for a scale, a number.
-        alpha: Factor on the operand of an add (``torch.add(x, f, alpha=...)``).
+        addends: What it sums. One of them at least is a value of the stream.
+        scale: The tensor that the sum is multiplied by; it does not compute from the stream.
+        divides: Whether ``scale`` is a divisor.
     """
 
-    kind: Literal["add", "scale", "bias"]
     node: Node
-    operand: Node | float
-    alpha: float = 1.0
+    addends: tuple[Addend, ...]
+    scale: Node | None = None
+    divides: bool = False
+
+    @property
+    def kind(self) -> StepKind:
+        """``"add"`` of a branch output, ``"link"`` of stream values, ``"bias"``, or ``"scale"``."""
+        kinds = [addend.kind for addend in self.addends]
+        if "branch" in kinds:
+            return "add"
+        if kinds.count("value") > 1 or "root" in kinds:
+            return "link"
+        return "bias" if "bias" in kinds else "scale"
+
+    @property
+    def values(self) -> tuple[Addend, ...]:
+        """The values of the stream that the step computes from."""
+        return tuple(addend for addend in self.addends if addend.kind == "value")
+
+    @property
+    def outputs(self) -> tuple[Addend, ...]:
+        """The branch outputs that the step adds."""
+        return tuple(addend for addend in self.addends if addend.kind == "branch")
 
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-    """A branch output: the steps up to the next stream value that something reads.
+    """A branch output: the steps that lead to a stream value that something reads, and to none that is read before.
 
     More than one add means that nothing reads the value in between, as with a parallel residual
-    ``x + attn(n(x)) + mlp(n(x))``: together they are one branch output.
+    ``x + attn(n(x)) + mlp(n(x))``: together they are one branch output. No add means that a value is read again,
+    scaled or with others mixed in.
+
+    Attributes:
+        value: The stream value that is read.
+        steps: In graph order.
     """
 
+    value: Node
     steps: tuple[Step, ...]
-
-    @property
-    def value(self) -> Node:
-        """The stream value after this branch, which is read."""
-        return self.steps[-1].node
 
     @property
     def adds(self) -> tuple[Step, ...]:
@@ -54,15 +94,17 @@ class Branch:
 
 @dataclasses.dataclass(frozen=True)
 class ResidualStream:
-    """The chain ``x_{k+1} = x_k + f_k(...)`` of one owner module.
+    """The values of one owner module that are linear combinations of a root, branch outputs and biases.
 
     Attributes:
         owner: Path of the deepest module that contains the whole stream and can hold parameters, ``""``
             for the traced root. An ``nn.Sequential`` cannot: its forward would run them.
         scope: Path of the deepest module that contains the whole stream; its children are the layers.
         root: The stream's first value b_0.
-        branches: The branch outputs f_1 to f_S, in order. Each ends in a value that is read.
+        branches: The branch outputs f_1 to f_S, by depth. Each ends in a value that is read.
         width: D, the size of the last dimension.
+        steps: Every step, in graph order. One that is in no branch changes the root's part alone; a read of its value
+            has one source and no site.
     """
 
     owner: str
@@ -70,6 +112,17 @@ class ResidualStream:
     root: Node
     branches: tuple[Branch, ...]
     width: int
+    steps: tuple[Step, ...]
+
+    @functools.cached_property
+    def values(self) -> frozenset[Node]:
+        """The nodes that compute a value of the stream, those that are only linked on included."""
+        return frozenset([self.root, *(step.node for step in self.steps)])
+
+    @functools.cached_property
+    def branch_outputs(self) -> frozenset[Node]:
+        """The nodes that compute a branch output."""
+        return frozenset(addend.node for step in self.steps for addend in step.outputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +134,6 @@ class StreamPlan:
         layers: Name of each layer, in order; none where the blocks are recorded, and not grouped from layers.
         layer_of: For every branch, the index of its layer.
         block_of: For every branch, the index of its block, from 0.
-        sources: For every site (one per branch), the number of its sources.
     """
 
     stream: ResidualStream
@@ -106,15 +158,52 @@ class StreamPlan:
         """N, the number of blocks."""
         return self.block_of[-1] + 1
 
+    @functools.cached_property
+    def block_of_step(self) -> Mapping[Node, int]:
+        """For the node of every step the block, from 1, that what it adds belongs to; 0 for the root's part."""
+        blocks = dict.fromkeys((step.node for step in self.stream.steps), 0)
+        for branch, block in zip(self.stream.branches, self.block_of, strict=True):
+            blocks.update((step.node, block + 1) for step in branch.steps)
+        return blocks
+
+    @functools.cached_property
+    def parts(self) -> Mapping[Node, frozenset[int]]:
+        """The parts of every stream value that are not empty: 0 for the root's, n for that of block n, from 1."""
+        parts = {self.stream.root: frozenset({0})}
+        for step in self.stream.steps:
+            # A branch output is linked on as the one part that it is.
+            for output in step.outputs:
+                parts.setdefault(output.node, frozenset({self.part_of(step, output)}))
+            parts[step.node] = frozenset().union(
+                *(
+                    parts[addend.node] if addend.kind == "value" else {self.part_of(step, addend)}
+                    for addend in step.addends
+                )
+            )
+        return parts
+
+    def part_of(self, step: Step, addend: Addend) -> int:
+        """The part that a new term joins: the root's, or that of the block in progress.
+
+        A branch output that was added before, in an earlier block, stays a term of that.
+        """
+        if addend.kind == "root":
+            return 0
+        block = self.block_of_step[step.node]
+        return self._block_of_output.get(addend.node, block) if addend.kind == "branch" else block
+
+    @functools.cached_property
+    def _block_of_output(self) -> Mapping[Node, int]:
+        blocks: dict[Node, int] = {}
+        for step in self.stream.steps:
+            for output in step.outputs:
+                blocks.setdefault(output.node, self.block_of_step[step.node])
+        return blocks
+
     @property
     def sources(self) -> tuple[int, ...]:
-        """Number of sources of every site: b_0, the complete blocks, and the partial where there is one."""
-        counts = []
-        for site, block in enumerate(self.block_of):
-            # A complete block and an open partial count the same: one source each.
-            assert site == 0 or block - self.block_of[site - 1] in (0, 1)
-            counts.append(block + 2)
-        return tuple(counts)
+        """Number of sources of every site: the parts of the value that is read."""
+        return tuple(len(self.parts[branch.value]) for branch in self.stream.branches)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,13 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import attnres_rewrite
-from attnres_rewrite.capture import Call
-from attnres_rewrite.onnx import conversion, huggingface
+from attnres_rewrite.inputs import Call
+from attnres_rewrite.onnx import conversion, transformers_exporters
 
 
 def export_plain(model: PreTrainedModel, inputs: dict[str, Tensor], path: Path, *, use_cache: bool) -> None:
     """Export ``model`` as ``export_onnx`` exports a rewritten one, without a rewrite and a comparison."""
-    converted = huggingface.export(
+    converted = transformers_exporters.export(
         model,
         Call((), inputs),
         lambda program: program,

@@ -31,7 +31,7 @@ from _environment import environment, write_results
 from transformers import LlamaConfig
 
 from attnres_rewrite.bench import BenchResult, BenchSettings, compare, run_alone
-from attnres_rewrite.cli import load_model
+from attnres_rewrite.named_models import load_model
 
 RESULTS = Path(__file__).parent / "results" / "end_to_end.json"
 VOCABULARY, HEAD = 8192, 64

@@ -16,7 +16,7 @@ BATCH, LENGTH, WIDTH = 2, 3, 8
 
 # What a user could reasonably write and the analysis does not follow yet. Every name here is that of an option
 # below; taking it out of this list puts it into the programs.
-NOT_YET = ("x - f",)
+NOT_YET: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +91,15 @@ SCALES = {
     "scalar parameter": ((), lambda x, c: torch.mul(x, c)),
     "channels": ((WIDTH,), lambda x, c: c * x),
 }
+# What links a value of the stream with an earlier one, by a number or a parameter of the shape given.
+LINKS = {
+    "mixed in": ((), lambda x, y, c: c * x + 0.5 * y),
+    "added": (None, lambda x, y, c: x + y),
+    "weighted": ((WIDTH,), lambda x, y, c: x + c * y),
+    "taken off": ((1,), lambda x, y, c: x - c * y),
+    "negated": (None, lambda x, y, c: -(0.25 * y - x)),
+    "averaged": (None, lambda x, y, c: (y + x) / 2),
+}
 LEAF_BODIES = ("feed", "attention", "experts", "accumulated", "low rank", "gated", "shifted", "modulated")
 NESTED_BODIES = ("nested", "nested, bare", "nested on the stream")
 EMBEDDINGS = ("position", "position, sliced", "position, expand_as(x)", "position, to(x)", "kind", "norm")
@@ -114,11 +123,22 @@ class Sublayer:
     cast: bool = False  # The branch output to the wide dtype.
     after: tuple[str, ...] = ()  # Transparent operations on the new value.
     extra: str | None = None  # A further read of it: "value" returns it, "head" what a head makes of it.
-    spoil: str | None = None  # What makes this no plain residual: a "norm" or a "gate" on the stream.
+    # What makes this no plain residual: on the stream a "norm", a "gate", a "projection", or, over "depth", a mix with
+    # the value before by weights that compute from both.
+    spoil: str | None = None
 
     def __repr__(self) -> str:
         fields = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
         return f"Sublayer({', '.join(f'{f.name}={value!r}' for f, value in fields if value != f.default)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """Before layer ``to``, or before the last norm, the value after ``to`` layers is linked with an earlier one."""
+
+    to: int
+    origin: int  # The number of layers that the earlier value has behind it.
+    kind: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +153,10 @@ class Program:
     wide: bool = False  # The stream has another dtype than the weights.
     final_norm: bool = True  # Else the last value is returned as it is.
     blocks: int | str | tuple[int] = 1  # A number, "full", or (layers of a block,).
+    links: tuple[Link, ...] = ()
+
+    def link_to(self, layer: int) -> Link | None:
+        return next((link for link in self.links if link.to == layer), None)
 
 
 class RmsNorm(nn.Module):
@@ -221,7 +245,8 @@ class Connection(nn.Module):
         shape = SCALES[sub.scale][0] if sub.scale else None
         self.scale = nn.Parameter(torch.rand(shape) + 0.5) if shape is not None else None
         self.norm = nn.LayerNorm(WIDTH) if sub.spoil == "norm" else None
-        self.gate = nn.Linear(WIDTH, WIDTH) if sub.spoil == "gate" else None
+        self.gate = nn.Linear(WIDTH, WIDTH) if sub.spoil in ("gate", "depth") else None
+        self.projection = nn.Linear(WIDTH, WIDTH) if sub.spoil == "projection" else None
 
     def rescale(self, x: Tensor) -> Tensor:
         return SCALES[self.sub.scale][1](x, self.scale)
@@ -238,6 +263,8 @@ class Connection(nn.Module):
             side = TRANSPARENT[name](side, sizes, self.dtypes)
         new = SPELLINGS[sub.spelling].add(side, f.to(self.dtypes[1]) if sub.cast else f)
         new = self.norm(new) if sub.spoil == "norm" else new
+        new = new + torch.sigmoid(self.gate(new)) * side if sub.spoil == "depth" else new
+        new = self.projection(new) if sub.spoil == "projection" else new
         for name in sub.after:
             new = TRANSPARENT[name](new, sizes, self.dtypes)
         return x, new
@@ -311,12 +338,22 @@ class Model(nn.Module):
                 setattr(self, f"layer_{i}", layer)
         else:
             self.layers = nn.Sequential(*layers) if program.layout == "sequential" else nn.ModuleList(layers)
+        shapes = [LINKS[link.kind][0] or () for link in program.links]
+        self.weights = nn.ParameterList(nn.Parameter(torch.rand(shape) + 0.5) for shape in shapes)
         self.to(dtypes[0])
 
     def all_layers(self) -> list[Layer]:
         if self.program.layout == "attributes":
             return [getattr(self, f"layer_{i}") for i in range(len(self.program.layers))]
         return list(self.layers)
+
+    def linked(self, layer: int, x: Tensor, kept: Sequence[Tensor]) -> Tensor:
+        """What is read by a layer, or by the last norm, of tensors or of whatever has their arithmetic."""
+        link = self.program.link_to(layer)
+        if link is None:
+            return x
+        weight = self.weights[self.program.links.index(link)]
+        return LINKS[link.kind][1](x, kept[link.origin], weight)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
         program, extras = self.program, []
@@ -326,9 +363,14 @@ class Model(nn.Module):
         if program.layout == "sequential":
             x = self.layers(x)
         else:
-            for layer in self.all_layers():
+            kept = []
+            for i, layer in enumerate(self.all_layers()):
+                # A copy: the layer may add in place.
+                kept.append(x.clone() if program.links else x)
+                x = self.linked(i, x, kept)
                 x, *more = layer.run(x) if program.layout in ("owner", "list of lists") else layer(x)
                 extras += more
+            x = self.linked(len(kept), x, kept)
         return self.norm(x.to(self.dtypes[0])) if program.final_norm else x, *extras
 
 

@@ -1,7 +1,9 @@
 """Bad input gets a typed error that names the cause and the next step, and leaves the model as it was."""
 
 import copy
+import gc
 import re
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -122,7 +124,21 @@ def test_more_blocks_than_layers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("aggregation", "max"), ("eps", -1e-6), ("schedule", "fast"), ("eps", float("nan"))]
+    ("field", "value"),
+    [
+        ("aggregation", "max"),
+        ("eps", -1e-6),
+        ("eps", float("nan")),
+        ("eps", "1e-6"),
+        ("schedule", "fast"),
+        ("scale", float("nan")),
+        ("scale", float("inf")),
+        ("scale", "1"),
+        ("scale", True),
+        ("key_gain", "no"),
+        ("key_gain", 1),
+        ("streams", (1,)),
+    ],
 )
 def test_configuration_out_of_range(field, value) -> None:
     with pytest.raises(ValueError, match=f"{field} must"):
@@ -288,6 +304,29 @@ def test_graph_breaks_outside_the_owner_are_fine(depth) -> None:
     assert relative_error(rewritten(x), original(x)) > 1e-2
 
 
+@pytest.mark.parametrize("breaks", [False, True])
+@pytest.mark.parametrize("verb", ["explain", "rewrite", "refuse", "verify"])
+def test_many_models_of_one_class_one_after_the_other(verb, breaks) -> None:
+    """Dynamo keeps caches, and counts, for the code that they share; their weights must not hang on these."""
+    x, alive = embeddings(), []
+    # Dynamo's limit of recompilations is eight.
+    count = 9 if breaks and verb == "explain" else 2
+    for number in range(count):
+        model = Around(Tower(2), breaks)
+        alive.append(weakref.ref(model.inner.layers[0].first.up.weight))
+        if verb == "explain":
+            assert ar.explain(model, 2, example_inputs=x).streams[0].branches == 4, number
+        elif verb == "refuse":
+            with pytest.raises(ar.BlockPartitionError):
+                ar.rewrite(model, 3, example_inputs=x)
+        else:
+            ar.rewrite(model, 2, example_inputs=x, backend="eager")
+            assert verb == "rewrite" or ar.verify(model, x)
+        del model
+        gc.collect()
+    assert [reference() for reference in alive] == [None] * count
+
+
 def test_graph_break_that_appears_only_later() -> None:
     """Not in the mode that was captured: then it is an error when it happens, and never plain residuals."""
     model = Broken("nowhere").eval()
@@ -300,6 +339,106 @@ def test_graph_break_that_appears_only_later() -> None:
         model(embeddings())
     with ar.disabled(model):
         model(embeddings())
+
+
+# A stream that is another one later
+
+
+class Dropping(Tower):
+    """Dropout on the stream itself; it does nothing in eval."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for layer in self.layers:
+            x = self.dropout(layer(x))
+        return self.head(self.norm(x))
+
+
+def test_dropout_on_the_stream_once_it_drops() -> None:
+    model = ar.rewrite(Dropping().eval(), 2, example_inputs=embeddings(), backend="eager")
+    model(embeddings())
+    with pytest.raises(ar.UnsupportedResidualError, match=r"is not what it was when the model was rewritten.*dropout"):
+        model.train()(embeddings())
+    model.eval()(embeddings())
+
+
+def test_a_hook_that_changes_the_stream_added_later() -> None:
+    model = ar.rewrite(Tower(3), 2, example_inputs=embeddings(), backend="eager")
+    direction = torch.ones(WIDTH) / WIDTH**0.5
+    hook = model.layers[1].register_forward_hook(lambda m, a, out: out - (out @ direction).unsqueeze(-1) * direction)
+    with pytest.raises(ar.UnsupportedResidualError, match=r"a hook was added since.*at module 'layers.1': .*direction"):
+        model(embeddings())
+    hook.remove()
+    model(embeddings())
+
+
+# What the user had compiled
+
+
+def compiled_method(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_forward(model: nn.Module) -> nn.Module:
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("compiles", [compiled_method, compiled_forward])
+@pytest.mark.parametrize("inside", [False, True], ids=["owner", "root"])
+def test_what_the_user_compiled_comes_back(compiles, inside) -> None:
+    x = embeddings()
+    model = prepared(Around(Tower(3), breaks=False) if inside else Tower(3))
+    reference = copy.deepcopy(model)
+    compiles(model)
+    call, forward = model._compiled_call_impl, model.__dict__.get("forward")
+    with pytest.raises(ar.BlockPartitionError):
+        ar.rewrite(model, 4, example_inputs=x)
+    assert (model._compiled_call_impl, model.__dict__.get("forward")) == (call, forward)
+    ar.explain(model, 2, example_inputs=x)
+    assert (model._compiled_call_impl, model.__dict__.get("forward")) == (call, forward)
+    randomise_sites(ar.rewrite(model, 2, example_inputs=x, backend="eager"))
+    assert relative_error(model(x), reference(x)) > 1e-2
+    assert relative_error(model.forward(x), reference(x)) > 1e-2
+    ar.undo(model)
+    assert (model._compiled_call_impl, model.__dict__.get("forward")) == (call, forward)
+    assert relative_error(model(x), reference(x)) < 1e-5
+
+
+class Counting(Broken):
+    """Counts its calls in every way that a module can."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(where)
+        self.calls, self.shapes, self.kinds = 0, [], {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.shapes.append(tuple(x.shape))
+        self.kinds[str(x.dtype)] = self.calls
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("where", ["nowhere", "after layer 0"])
+def test_python_counters_after_an_error(where) -> None:
+    model = Counting(where).train()
+    refused(model, ar.AttnResError, "", 9, example_inputs=embeddings())
+    assert (model.calls, model.shapes, model.kinds) == (0, [], {})
+    assert int(model.counter.num_batches_tracked) == 0
+
+
+def test_explaining_a_graph_module_leaves_its_submodules_alone() -> None:
+    module = traced_tower().train()
+    module.norm.eval()
+    ar.explain(module, 2, example_inputs=embeddings())
+    ar.rewrite(module, 2, example_inputs=embeddings())
+    assert not module.norm.training
+    assert module.layers.training
 
 
 # Graph modules
@@ -353,6 +492,8 @@ def test_what_is_no_model(value) -> None:
         TypeError, match=f"takes an nn.Module, an ExportedProgram or a GraphModule, not {type(value).__name__}"
     ):
         ar.rewrite(value)
+    with pytest.raises(TypeError, match=f"explain takes an nn.Module, .*, not {type(value).__name__}"):
+        ar.explain(value)
 
 
 def test_unknown_options() -> None:
@@ -363,6 +504,10 @@ def test_unknown_options() -> None:
     for backend in (3, None):
         with pytest.raises(TypeError, match="inner must be a backend's name or a callable, not"):
             ar.rewrite(model, 2, backend=backend)
+    with pytest.raises(ValueError, match=r"no mode .reduce_overhead. of Inductor: it has default, .*reduce-overhead"):
+        ar.rewrite(model, 2, mode="reduce_overhead")
+    with pytest.raises(TypeError, match="config is an AttnResConfig, not a dict"):
+        ar.rewrite(model, config={"blocks": 2})
     with pytest.raises(ValueError, match=r"no backend 'indcutor': torch\.compiler\.list_backends\(\)"):
         ar.rewrite(model, 2, backend="indcutor")
     before.check()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import (
     VOCAB,
+    Block,
     Tower,
     embeddings,
     export,
@@ -200,3 +201,79 @@ def test_a_forward_on_the_object_does_not_change_the_blocks() -> None:
     torch._dynamo.reset()
     torch.testing.assert_close(model(**example).logits, expected)
     torch.testing.assert_close(ar.depth_attention(model, example).weights, weights, equal_nan=True)
+
+
+# Modes that watch what is computed
+
+
+@pytest.mark.parametrize("make", [lambda: (prepared(llama(2)), IDS), lambda: (prepared(Tower(LAYERS)), embeddings())])
+def test_a_mode_that_counts_operations(make) -> None:
+    """Dynamo compiles nothing while such a mode is active; the count is that of the plain model, in both passes."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, x = make()
+    plain = copy.deepcopy(model)
+    model = rewritten(model, example_inputs=x)
+    expected = model(x)
+
+    def counted(model: nn.Module) -> tuple[int, Tensor]:
+        with FlopCounterMode(display=False) as counter:
+            output = model(x)
+            output = output if isinstance(output, Tensor) else output.logits
+            output.sum().backward()
+        return counter.get_total_flops(), output
+
+    flops, output = counted(model)
+    assert relative_error(output, expected if isinstance(expected, Tensor) else expected.logits) < TOLERANCE
+    assert flops == counted(plain)[0] > 0
+    assert all(parameter.grad is not None for _, parameter in ar.attnres_parameters(model))
+    assert isinstance(model(x), type(expected))
+
+
+# Names that are unusual
+
+
+class Owner(nn.Module):
+    """The root has an attribute called owner, in which the layers have a name that is no Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.owner = Named()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.owner(x)
+
+
+class Named(Tower):
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.layers = nn.ModuleDict({"a-b": Stack()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.layers["a-b"](self.embed(x))))
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_modules_with_unusual_names() -> None:
+    x, plain = embeddings(), prepared(Owner())
+    live = rewritten(copy.deepcopy(plain), example_inputs=x)
+    names = [name for name, _ in ar.attnres_parameters(live)]
+    assert names[0] == "owner.layers.a-b.attn_res.0.query"
+    (stream,) = ar.explain(plain, BLOCKS, example_inputs=x).streams
+    assert (stream.owner, stream.layers[0]) == ("owner.layers.a-b", "owner.layers.a-b.blocks.0")
+    assert ar.verify(live, x)
+    program = ar.rewrite(torch.export.export(plain, (x,)), BLOCKS).module()
+    graph = ar.rewrite(torch.fx.symbolic_trace(plain), BLOCKS, example_inputs=x)
+    for form in (program, graph):
+        assert len(list(ar.attnres_parameters(form))) == len(names)
+        assert relative_error(form(x), plain(x)) < 1e-3

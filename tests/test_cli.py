@@ -14,7 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import attnres_rewrite.demo
-from attnres_rewrite import OnnxExport, attnres_parameters, cli, rewrite
+from attnres_rewrite import OnnxExport, attnres_parameters, cli, named_models, rewrite
 from attnres_rewrite.demo import DemoSettings
 
 
@@ -97,6 +97,33 @@ def main(monkeypatch, capsys, *arguments) -> tuple[int, str]:
     with pytest.raises(SystemExit) as caught:
         cli.main()
     return caught.value.code, capsys.readouterr().err
+
+
+def test_options_that_say_how_layers_are_grouped(run):
+    options = ("--json", "test_cli:make_tiny_llama")
+    for arguments, sizes in (
+        (("--blocks", "1,3"), [1, 3]),
+        (("--layers-per-block", "3"), [3, 1]),
+        (("--blocks", "2", "--streams", "model", "--aggregation", "sum"), [2, 2]),
+    ):
+        result = run("explain", *options, *arguments)
+        assert result.exit_code == 0, result.output
+        assert [len(block) for block in json.loads(result.output)["streams"][0]["blocks"]] == sizes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--blocks", "2", "--layers-per-block", "2"), "both say how the layers are grouped"),
+        (("--aggregation", "max"), "--aggregation must be one of ('mean', 'sum'), not 'max'"),
+        (("--blocks", "2", "--streams", "nowhere"), "streams names ['nowhere']"),
+        (("--blocks", "2,x"), "--blocks takes a number or"),
+    ],
+)
+def test_options_that_do_not_fit(monkeypatch, capsys, options, message):
+    status, error = main(monkeypatch, capsys, "explain", "test_cli:make_tiny_llama", *options)
+    assert status == 1
+    assert message in error
 
 
 def test_demo_defaults_are_those_of_the_settings(settings_of):
@@ -263,7 +290,7 @@ def test_weights_that_do_not_fit_are_told_by_name(tmp_path, fault, message):
     torch.save(faulty(model.state_dict(), fault), path)
     before = model.model.norm.weight.clone()
     with pytest.raises(cli.CommandError) as caught:
-        cli.load_weights(model, path)
+        named_models.load_weights(model, path)
     assert str(caught.value).startswith(f"--weights {path} ")
     assert message in str(caught.value)
     assert torch.equal(model.model.norm.weight, before)
@@ -286,7 +313,7 @@ def test_a_configuration_makes_no_weights(tmp_path):
     from transformers import LlamaConfig
 
     tiny_config(LlamaConfig).save_pretrained(tmp_path)
-    model, inputs = cli.load_model(str(tmp_path))
+    model, inputs = named_models.load_model(str(tmp_path))
     assert inputs is None
     assert type(model).__name__ == "LlamaForCausalLM"
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -343,7 +370,7 @@ def test_the_extras_are_those_of_the_project():
     import tomllib
 
     project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
-    for module, extra in cli.EXTRAS.items():
+    for module, extra in named_models.EXTRAS.items():
         assert any(entry.startswith(module) for entry in project["optional-dependencies"][extra]), module
 
 

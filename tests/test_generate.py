@@ -104,6 +104,18 @@ def test_static_cache(llamas, mode) -> None:
     assert torch.equal(tokens, generate(recomputing, use_cache=False, **MODES[mode]))
 
 
+def test_static_cache_that_generate_compiles_itself(llamas) -> None:
+    """As it does on a GPU; here told to. It would compile the call with a backend that knows no sites."""
+    model, recomputing = llamas
+    config = transformers.CompileConfig(backend="inductor", mode=None)
+    config._compile_all_devices = True
+    tokens = generate(model, cache_implementation="static", compile_config=config)
+    assert torch.equal(tokens, generate(recomputing, use_cache=False))
+    assert "_compiled_call" not in model.__dict__
+    plain = ar.undo(copy.deepcopy(model))
+    assert "get_compiled_call" not in plain.__dict__
+
+
 def test_other_prompts_follow_on_what_was_compiled(llamas) -> None:
     model, recomputing = llamas
     for batch, length in ((3, 7), (2, 9)):

@@ -6,6 +6,7 @@ compiler takes for them is no matter for what they are. One *value* is a tensor 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -60,9 +61,8 @@ def _loops(node: Any) -> Loops:
     return Loops(moved / VALUE, node.is_extern(), frozenset(origins), max(map(int, written), default=0) / VALUE)
 
 
-@functools.cache
-def loops_of(schedule: str | None) -> tuple[list[Loops], list[Loops]]:
-    """The loop nests of forward and backward of the model, plain or under a schedule."""
+def counted(step: Callable[[], None]) -> tuple[list[Loops], list[Loops]]:
+    """The loop nests of forward and backward that Inductor makes of a training step, which compiles its model."""
     found: list[list[Loops]] = []
     codegen = graph.GraphLowering.codegen
 
@@ -75,14 +75,24 @@ def loops_of(schedule: str | None) -> tuple[list[Loops], list[Loops]]:
         patch.setattr(graph.GraphLowering, "codegen", recording)
         patch.setattr(async_compile.AsyncCompile, "cpp_pybinding", lambda *_: lambda *_: None)
         torch._dynamo.reset()
+        step()
+    forward, backward = found
+    return forward, backward
+
+
+@functools.cache
+def loops_of(schedule: str | None) -> tuple[list[Loops], list[Loops]]:
+    """The loop nests of forward and backward of the model, plain or under a schedule."""
+
+    def step() -> None:
         model, ids = llama(), token_ids(BATCH, LENGTH)
         if schedule is None:
             model.compile()
         else:
             ar.rewrite(model, config=ar.AttnResConfig(blocks=3, schedule=schedule))  # type: ignore[arg-type]
         model(input_ids=ids, labels=ids).loss.backward()
-    forward, backward = found
-    return forward, backward
+
+    return counted(step)
 
 
 # Six layers in three blocks: a block has four reads, the first of them without a partial; and there is the final read.

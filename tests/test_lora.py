@@ -127,3 +127,24 @@ def test_undo_keeps_the_adapters() -> None:
     expected = reference_llama(merged_by_hand(plain, model), IDS)
     ar.undo(model)
     assert relative_error(model(IDS).logits, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_gradient_checkpointing_as_peft_sets_it_up(order) -> None:
+    """It makes the embeddings require gradients, by a hook that breaks the graph in the owner's forward."""
+
+    def prepared_model(checkpointing: bool) -> nn.Module:
+        model = prepared(llama(LAYERS))
+        model.config.use_cache = False
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return ORDERS[order](model).train()
+
+    def gradients(model: nn.Module) -> dict[str, Tensor]:
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None and "lora_" in name}
+
+    found, expected = gradients(prepared_model(True)), gradients(prepared_model(False))
+    assert len(found) == 2 * len(TARGETS) * LAYERS
+    assert found.keys() == expected.keys()
+    assert all(relative_error(found[name], expected[name]) < TOLERANCE for name in found)

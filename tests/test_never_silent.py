@@ -356,12 +356,14 @@ def test_gradient_modes(model, mode) -> None:
         assert outcome(model, lambda: model(IDS)) == "attnres"
 
 
-def test_a_single_layer_has_no_stream_and_runs_plainly(model) -> None:
-    """One layer alone is two sublayers on one block: what it adds is what it added before the rewrite."""
+def test_a_single_layer_is_run_by_its_owner_alone(model) -> None:
     x = torch.randn(2, 9, WIDTH)
     position = model.model.rotary_emb(x, torch.arange(9)[None])
-    before = plain_llama().model.layers[0](x, position_embeddings=position)
-    assert torch.equal(model.model.layers[0](x, position_embeddings=position), before)
+    with pytest.raises(ar.NotRewrittenError, match=r"a layer \(LlamaDecoderLayer\) is run past the module"):
+        model.model.layers[0](x, position_embeddings=position)
+    with ar.disabled(model):
+        plain = model.model.layers[0](x, position_embeddings=position)
+    assert torch.equal(plain, plain_llama().model.layers[0](x, position_embeddings=position))
 
 
 # Copies

@@ -416,11 +416,11 @@ def test_generation_in_two_phases(tmp_path: Path) -> None:
 def test_the_fusions_of_onnx_runtime_still_apply(
     tmp_path: Path, make: Callable[..., nn.Module], opset_version: int, expected: dict[str, int]
 ) -> None:
-    from attnres_rewrite.capture import Call
-    from attnres_rewrite.onnx import huggingface
+    from attnres_rewrite.inputs import Call
+    from attnres_rewrite.onnx import transformers_exporters
 
     inputs = {"input_ids": token_ids(2, 7)}
-    plain = huggingface.export(
+    plain = transformers_exporters.export(
         make(3).eval(),
         Call((), inputs),
         lambda program: program,
@@ -435,6 +435,26 @@ def test_the_fusions_of_onnx_runtime_still_apply(
     assert result.max_difference < 1e-4
     assert fusions((node.domain, node.op_type) for node in plain.model.graph) == expected
     assert fusions((node.domain, node.op_type) for node in onnx.load(result.path).graph.node) == expected
+
+
+class Nothing(Tower):
+    """Returns a loss that is none, as nanoGPT does."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__(2)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        return (logits, None, logits * 2) if self.kind is tuple else {"loss": None, "logits": logits}
+
+
+@pytest.mark.parametrize(("kind", "outputs"), [(tuple, ("output_0", "output_2")), (dict, ("logits",))])
+def test_outputs_that_are_nothing(tmp_path: Path, kind: type, outputs: tuple[str, ...]) -> None:
+    model = randomise_sites(ar.rewrite(Nothing(kind).eval(), 2, example_inputs=embeddings(), backend="eager"))
+    result = ar.export_onnx(model, tmp_path / "model.onnx", embeddings())
+    assert result.outputs == outputs
+    assert result.max_difference < 1e-4
 
 
 def fusions(nodes: Iterable[tuple[str, str]]) -> Counter[str]:

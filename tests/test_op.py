@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attnres_rewrite import _compat
 from attnres_rewrite.ops import block_attn_res as op_module
 from attnres_rewrite.ops import depth_weights
 
@@ -379,8 +380,15 @@ def test_inductor_makes_one_pass_over_the_rows_on_cpu() -> None:
     assert len(outer_loop.findall(backward)) == 2
 
 
-def test_compiled_code_is_not_found_under_another_revision() -> None:
-    assert re.search(r"attnres-[0-9a-f]{16}", torch.compiler.config.cache_key_tag)
+def test_compiled_code_is_not_found_under_another_revision(monkeypatch) -> None:
+    """Inductor compiles under a tag made from the source of the operators, and the setting is then what it was."""
+    import torch._inductor
+
+    tags, before = [], torch.compiler.config.cache_key_tag
+    monkeypatch.setattr(torch._inductor, "compile", lambda *_, **__: tags.append(torch.compiler.config.cache_key_tag))
+    _compat.inductor_compile(torch.fx.symbolic_trace(torch.nn.Identity()), [], None, None, lambda graph: None)
+    assert re.search(r"attnres-[0-9a-f]{16}$", tags[0])
+    assert torch.compiler.config.cache_key_tag == before
 
 
 def test_depth_weights_are_the_softmax_of_the_listing(device: str) -> None:

@@ -1,11 +1,24 @@
 """Layers into blocks: the arithmetic for every size, and what becomes of it in a real model."""
 
+import copy
 from itertools import accumulate, pairwise
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import ARCHITECTURES, gpt2, llama
+from models import (
+    ARCHITECTURES,
+    Tower,
+    embeddings,
+    gpt2,
+    llama,
+    prepared,
+    randomise_sites,
+    relative_error,
+    site_parameters,
+)
+from reference_models import block_attn_res
 
 import attnres_rewrite as ar
 from attnres_rewrite.config import partition_layers
@@ -66,6 +79,8 @@ LAYERS = 7
         ({"blocks": 4}, [2, 2, 2, 1]),
         ({"blocks": 7}, [1] * 7),
         ({"layers_per_block": 3}, [3, 3, 1]),
+        ({"blocks": [1, 4, 2]}, [1, 4, 2]),
+        ({"blocks": {"model": (5, 2)}}, [5, 2]),
     ],
     ids=str,
 )
@@ -107,3 +122,71 @@ def test_blocks_by_owner() -> None:
         ar.explain(gpt2(3), {"encoder": 2})
     with pytest.raises(ar.NoResidualStreamError, match=r"streams names \['encoder'\].*in modules \['transformer'\]"):
         ar.explain(gpt2(3), 2, config=ar.AttnResConfig(streams=("encoder",)))
+
+
+def test_sizes_that_do_not_add_up() -> None:
+    with pytest.raises(ar.BlockPartitionError, match=r"blocks=\[2, 2\] are 4 layers, but the stream has 3: give sizes"):
+        ar.explain(gpt2(3), [2, 2])
+    for sizes in ([0, 3], [1, True], [1.5, 1.5], []):
+        with pytest.raises(ar.BlockPartitionError, match="must be a positive integer"):
+            ar.AttnResConfig(sizes)
+
+
+@pytest.mark.parametrize("sizes", [[1, 2, 1], [3, 1], (1, 1, 1, 1)])
+def test_explicit_sizes_are_recorded_and_are_those_of_every_form(sizes) -> None:
+    """In the live form, a program and a graph, and after a copy: the same numbers as the sums by hand."""
+    x = embeddings()
+    model = prepared(Tower(4))
+    exported = ar.rewrite(torch.export.export(model, (x,)), sizes).module()
+    traced = ar.rewrite(torch.fx.symbolic_trace(model), sizes, example_inputs=x)
+    live = randomise_sites(ar.rewrite(copy.deepcopy(model), sizes, example_inputs=x, backend="eager"))
+    queries, gains = site_parameters(live)
+    sublayers = [sublayer for layer in model.layers for sublayer in (layer.first, layer.second)]
+    ends = {2 * end for end in accumulate(sizes)}
+    summaries, partial = [model.embed(x)], None
+    h = summaries[0]
+    for k, sublayer in enumerate(sublayers, start=1):
+        output = sublayer(h)
+        partial = output if partial is None else partial + output
+        sources = [*summaries, partial]
+        h = block_attn_res(sources, queries[k - 1], gains[k - 1])
+        if k in ends:
+            summaries, partial = sources, None
+    expected = model.head(model.norm(h))
+    assert relative_error(live(x), expected) < 1e-5
+    assert relative_error(copy.deepcopy(live)(x), expected) < 1e-5
+    for form in (exported, traced):
+        form.load_state_dict(live.state_dict(), strict=False)
+        assert relative_error(form(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("blocks", "config", "given"),
+    [
+        (2, {"layers_per_block": 2}, "layers_per_block=2"),
+        (2, {"blocks": 4}, "blocks=4"),
+        ("full", {"blocks": [2, 1]}, r"blocks=\(2, 1\)"),
+    ],
+)
+def test_blocks_that_are_named_twice(blocks, config, given) -> None:
+    for verb in (ar.rewrite, ar.explain):
+        with pytest.raises(ar.BlockPartitionError, match=f"was given, and config says {given}: give one of them"):
+            verb(gpt2(3), blocks, config=ar.AttnResConfig(**config))
+    with pytest.raises(ar.BlockPartitionError, match="both say how the layers are grouped: give one of them"):
+        ar.AttnResConfig(blocks=2, layers_per_block=2)
+
+
+def test_blocks_that_are_named_twice_and_agree() -> None:
+    assert len(ar.explain(gpt2(3), 2, config=ar.AttnResConfig(blocks=2)).streams[0].blocks) == 2
+
+
+def test_the_default_says_what_to_write() -> None:
+    with pytest.raises(ar.BlockPartitionError, match=r"8 is the default: write rewrite\(model, blocks=3\), or fewer"):
+        ar.rewrite(gpt2(3))
+    with pytest.raises(ar.BlockPartitionError, match=r"own block$"):
+        ar.rewrite(gpt2(3), 9)
+
+
+def test_one_stream_by_its_name() -> None:
+    assert ar.AttnResConfig(streams="model").streams == ("model",)
+    assert ar.explain(gpt2(3), 2, config=ar.AttnResConfig(streams="transformer")).streams[0].owner == "transformer"

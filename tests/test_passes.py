@@ -32,11 +32,13 @@ from torch.utils.checkpoint import checkpoint
 
 import attnres_rewrite as ar
 from attnres_rewrite import _compat
-from attnres_rewrite.capture import Call, capture
+from attnres_rewrite.capture import capture
 from attnres_rewrite.graph import GraphBuilder, op_name
 from attnres_rewrite.graph_module import with_metadata
+from attnres_rewrite.inputs import Call
 from attnres_rewrite.passes import (
     CheckRewrite,
+    Expansion,
     FindStreams,
     GroupLayers,
     InlineRegions,
@@ -310,7 +312,8 @@ def test_every_spelling_gives_the_same_numbers(spelling) -> None:
 def test_alpha_belongs_to_the_branch(graph_of) -> None:
     model = chain(lambda x, feed: torch.add(x, feed(x), alpha=0.5))
     (stream,) = find_streams(graph_of(model)).streams
-    assert [add.alpha for branch in stream.branches for add in branch.adds] == [0.5] * 4
+    outputs = [output for branch in stream.branches for add in branch.adds for output in add.outputs]
+    assert [output.factor for output in outputs] == [0.5] * 4
     rewritten, queries, gains = rewritten_chain(model, 2)
     layers = [(lambda h, feed=feed: 0.5 * feed(h),) for feed in model.feeds]
     reference = model.norm(run_stream(model.embed(X), layers, queries, gains, blocks=2))
@@ -318,8 +321,17 @@ def test_alpha_belongs_to_the_branch(graph_of) -> None:
 
 
 @every_dialect
-def test_alpha_on_the_stream_is_no_residual(graph_of) -> None:
-    assert find_streams(graph_of(chain(lambda x, feed: torch.add(feed(x), x, alpha=0.5)))).streams == ()
+@torch.no_grad()
+def test_alpha_on_the_stream_scales_it(graph_of) -> None:
+    model = chain(lambda x, feed: torch.add(feed(x), x, alpha=0.5))
+    (stream,) = find_streams(graph_of(model)).streams
+    assert [step.values[0].factor for step in stream.steps] == [0.5] * 4
+    rewritten, queries, gains = rewritten_chain(model)
+    sources = [model.embed(X)]
+    for i, feed in enumerate(model.feeds):
+        h = sources[0] if i == 0 else block_attn_res(sources, queries[i - 1], gains[i - 1])
+        sources = [0.5 * source for source in sources] + [feed(h)]
+    assert relative_error(rewritten(X), model.norm(block_attn_res(sources, queries[-1], gains[-1]))) < TOLERANCE
 
 
 PARALLEL: dict[str, Callable[[Tensor, nn.Module], Tensor]] = {
@@ -410,7 +422,9 @@ def full_attnres_of_a_scaled_stream(model: Scaled, x: Tensor, queries: list[Tens
 def test_a_scaled_stream_stays_one_stream(kind, graph_of) -> None:
     model = Scaled(kind).eval()
     (stream,) = find_streams(graph_of(model)).streams
-    assert [[step.kind for step in branch.steps] for branch in stream.branches] == [["scale", "add"]] * 4
+    # What is scaled before the first add is the root alone, and belongs to no branch output.
+    assert [step.kind for step in stream.steps] == ["scale", "add"] * 4
+    assert [[step.kind for step in branch.steps] for branch in stream.branches] == [["add"]] + [["scale", "add"]] * 3
     rewritten, queries, gains = rewritten_chain(model)
     reference = full_attnres_of_a_scaled_stream(model, X, queries, gains)
     assert relative_error(rewritten(X), reference) < TOLERANCE
@@ -655,10 +669,11 @@ def attach_parameters(module: GraphModule, stream: ResidualStream) -> list[SiteP
     return made
 
 
-def inserted(module: GraphModule, blocks: int | str = 2) -> tuple[StreamPlan, list[Site]]:
+def inserted(module: GraphModule, blocks: int | str = 2) -> tuple[StreamPlan, list[Site], Expansion]:
     plan = plan_of(module, blocks)
+    before = Expansion(plan)
     sites = InsertAttnRes()(module, plan, attach_parameters(module, plan.stream), ar.AttnResConfig(blocks=blocks))
-    return plan, sites
+    return plan, sites, before
 
 
 @pytest.mark.parametrize(("blocks", "adds"), [(1, 9), (2, 8), (3, 7), (5, 5), ("full", 0)])
@@ -666,22 +681,21 @@ def inserted(module: GraphModule, blocks: int | str = 2) -> tuple[StreamPlan, li
 def test_insert_attnres_counts(graph_of, blocks, adds) -> None:
     """S sites for S branches, no old add, and one add less than branch outputs in every block."""
     module = graph_of(Tower(5))
-    before = len(nodes_named(module, "add"))
-    assert before == 10
+    assert len(nodes_named(module, "add")) == 10
     old = {step.node for branch in plan_of(module).stream.branches for step in branch.steps}
-    plan, sites = inserted(module, blocks)
+    plan, sites, before = inserted(module, blocks)
     assert len(sites) == len(nodes_named(module, "block_attn_res")) == 10
     assert len(nodes_named(module, "add")) == adds
     assert not old & set(module.graph.nodes)
     assert [len(site.sources) for site in sites] == list(plan.sources)
-    assert CheckRewrite()(module, plan, sites) == 10
+    assert CheckRewrite()(module, plan, sites, before) == 10
 
 
 def test_insert_attnres_gives_new_nodes_their_provenance() -> None:
     module = by_dynamo(Tower(2))
     (stream,) = find_streams(module).streams
     origin = [(branch.value.meta["nn_module_stack"], branch.value.stack_trace) for branch in stream.branches]
-    _, sites = inserted(module)
+    _, sites, _ = inserted(module)
     assert [(site.node.meta["nn_module_stack"], site.node.stack_trace) for site in sites] == origin
     for node in module.graph.nodes:
         if node.op == "call_function":
@@ -704,7 +718,7 @@ def test_insert_attnres_leaves_the_rest_of_the_graph_alone() -> None:
 def test_insert_attnres_numbers() -> None:
     model = prepared(Tower(3))
     module = by_fx(model)
-    _, sites = inserted(module)
+    _, sites, _ = inserted(module)
     queries, gains = ([getattr(module, f"{part}_{i}") for i in range(len(sites))] for part in ("query", "gain"))
     layers = [(layer.first, layer.second) for layer in model.layers]
     reference = model.head(model.norm(run_stream(model.embed(X), layers, queries, gains, blocks=2)))
@@ -796,8 +810,8 @@ def replace_a_site(module: GraphModule, plan: StreamPlan, sites: list[Site]) -> 
 )
 def test_check_rewrite_catches_sabotage(sabotage, match) -> None:
     module = by_fx(Tower(5))
-    plan, sites = inserted(module, 3)
-    assert CheckRewrite()(module, plan, sites) == 10
+    plan, sites, before = inserted(module, 3)
+    assert CheckRewrite()(module, plan, sites, before) == 10
     sabotage(module, plan, sites)
     with pytest.raises(PostconditionError, match=match):
-        CheckRewrite()(module, plan, sites)
+        CheckRewrite()(module, plan, sites, before)

@@ -233,14 +233,24 @@ class Interrupted(Encoder):
                     x = x * torch.sigmoid(self.gate(x))
                 elif self.kind == "norm":
                     x = nn.functional.layer_norm(x, (WIDTH,))
-                elif self.kind == "re-injection":
-                    x = x + start
+                elif self.kind == "maximum":
+                    x = torch.maximum(x, start)
+                elif self.kind == "gated link":
+                    x = torch.sigmoid(self.gate(x)) * x + start
+                elif self.kind == "gated lerp":
+                    x = torch.lerp(x, start, torch.sigmoid(self.gate(x)))
         return self.norm(x)
 
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("gate", "changed between its adds"), ("norm", "post-norm"), ("re-injection", "changed between its adds")],
+    [
+        ("gate", "changed between its adds"),
+        ("norm", "post-norm"),
+        ("maximum", r"changed between its adds.*torch.maximum\(x, start\)"),
+        ("gated link", r"attention over depth.*torch.sigmoid\(self.gate\(x\)\) \* x \+ start"),
+        ("gated lerp", r"attention over depth.*torch.lerp\(x, start"),
+    ],
 )
 def test_a_stream_that_is_interrupted_is_refused(kind: str, reason: str) -> None:
     with pytest.raises(ar.UnsupportedResidualError, match=reason):
@@ -359,3 +369,48 @@ def test_an_explanation_lists_the_adds_that_are_on_no_stream() -> None:
     text = str(report)
     assert f"{len(report.rejected)} other adds, by source line:" in text
     assert len([line for line in text.splitlines() if rotary in line]) < len(report.rejected)
+
+
+class Dropped(Encoder):
+    """A graph that calls modules has dropout in it that is off, and may be on later."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(0)
+        self.feeds = nn.ModuleList(Feed() for _ in range(4))
+        self.drops = nn.ModuleList(nn.Dropout(0.5) for _ in range(4))
+        self.where = where
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = self.drops[0](x) if self.where == "root" else x
+        for i, feed in enumerate(self.feeds):
+            x = x + (self.drops[i](feed(x)) if self.where == "branch" else feed(x))
+            x = self.drops[i](x) if self.where == "stream" or (self.where == "end" and i == 3) else x
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("where", ["root", "branch", "end"])
+def test_a_graph_module_rewritten_in_eval_keeps_its_dropout(where: str) -> None:
+    model = Dropped(where).double().eval()
+    x = embeddings().double()
+    rewritten = ar.rewrite(torch.fx.symbolic_trace(model), config=SUM, example_inputs=x)
+    assert len(site_parameters(rewritten)[0]) == 4
+    assert relative_error(rewritten(x), model(x)) < 1e-12
+    rewritten.train(), model.train()
+    outputs = []
+    for one in (rewritten, model):
+        torch.manual_seed(1)
+        outputs.append(one(x))
+    assert relative_error(*outputs) < 1e-12
+    assert relative_error(model.eval()(x), outputs[1]) > 0.1
+
+
+def test_dropout_on_the_stream_of_a_graph_module_is_refused() -> None:
+    graph = torch.fx.symbolic_trace(Dropped("stream").eval())
+    with pytest.raises(ar.UnsupportedResidualError, match=r"dropout on the residual stream itself.*drops_0"):
+        ar.rewrite(graph, config=SUM, example_inputs=embeddings())
+    model = Dropped("stream").eval()
+    for drop in model.drops:
+        drop.p = 0.0
+    rewritten = ar.rewrite(torch.fx.symbolic_trace(model), config=SUM, example_inputs=embeddings())
+    assert len(site_parameters(rewritten)[0]) == 4

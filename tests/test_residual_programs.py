@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from linked_models import Parts
 from models import randomise_sites, relative_error, site_parameters
 from reference_models import block_attn_res, partition_layers
 from residual_programs import (
@@ -18,6 +19,7 @@ from residual_programs import (
     LAYOUTS,
     LEAF_BODIES,
     LENGTH,
+    LINKS,
     NARROW,
     NESTED_BODIES,
     NOT_YET,
@@ -28,6 +30,7 @@ from residual_programs import (
     UNSQUEEZE,
     WIDEN,
     WIDTH,
+    Link,
     Model,
     Program,
     Sublayer,
@@ -37,8 +40,10 @@ from residual_programs import (
 from torch import Tensor, nn
 
 import attnres_rewrite as ar
-from attnres_rewrite.capture import Call, capture
+from attnres_rewrite.capture import capture
+from attnres_rewrite.inputs import Call
 from attnres_rewrite.pipeline import Analysis, analyse
+from attnres_rewrite.streams import Step
 
 X = torch.randn(BATCH, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0)).double()
 DOUBLE, MIXED = (torch.float64, torch.float64), (torch.float32, torch.float64)
@@ -130,8 +135,13 @@ def programs(draw: st.DrawFn, spoil: str | None = None) -> Program:
 
     layers = tuple(sublayers() for _ in range(one((2, 3))))
     blocks = one((*range(1, len(layers) + 1), "full", (draw(st.integers(1, len(layers))),)))
+    links = []
+    for to in range(1, len(layers) + 1):
+        # In two dtypes a parameter would say which of them the sum has.
+        if layout != "sequential" and not spoil and not wide and chance(2):
+            links.append(Link(to, draw(st.integers(0, to - 1)), one([*LINKS])))
     embeddings = tuple(one(EMBEDDINGS) for _ in range(draw(st.integers(0, 2))))
-    return Program(layers, layout, chance(1), embeddings, flat, wide, not chance(4), blocks)
+    return Program(layers, layout, chance(1), embeddings, flat, wide, not chance(4), blocks, tuple(links))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,18 +158,22 @@ class Plan:
 def plan_of(program: Program) -> Plan:
     steps, read = [], set()
     for i, subs in enumerate(program.layers):
+        if program.link_to(i):
+            steps.append(("link", 1.0, i - 1))
         values = [len(steps)]
         for j, sub in enumerate(subs):
             if sub.scale and sub.scale_first and (i or j):
-                # Before the first read it belongs to the root.
+                # Before the first add it belongs to the root.
                 steps.append(("scale", 1.0, i))
                 values[-1] = len(steps)
             read.add(values[-1 - sub.behind])
-            if sub.scale and not sub.scale_first:
+            if sub.scale and not sub.scale_first and (i or j):
                 steps.append(("scale", 1.0, i))
             steps.append(("add", SPELLINGS[sub.spelling].alpha, i))
             values.append(len(steps))
             read |= {len(steps)} if sub.extra else set()
+    if program.link_to(len(program.layers)):
+        steps.append(("link", 1.0, len(program.layers) - 1))
     ends = sorted((read | {len(steps)}) - {0})
     branches = [steps[start:end] for start, end in itertools.pairwise([0, *ends])]
     layer_of: list[int] = []
@@ -179,19 +193,22 @@ def plan_of(program: Program) -> Plan:
 
 
 class Stream:
-    """A stream as the paper's listing has it, from the branch outputs; without queries, plain sums."""
+    """A stream as the algebra has it, from the branch outputs; without queries, plain sums."""
 
     def __init__(self, root: Tensor, plan: Plan, queries: Sequence[Tensor], gains: Sequence[Tensor]) -> None:
         self.plan, self.queries, self.gains = plan, queries, gains
-        self.blocks, self.partial, self.steps, self.values = [root], None, 0, []
+        self.parts, self.steps, self.values = Parts({0: root}), 0, []
 
-    def scale(self, scale: Callable[[Tensor], Tensor]) -> Tensor | None:
-        self.blocks = [scale(block) for block in self.blocks]
-        self.partial = None if self.partial is None else scale(self.partial)
-        return self._value()
+    def scale(self, scale: Callable[[Tensor], Tensor], counts: bool = True) -> Tensor | None:
+        self.parts = Parts({n: scale(part) for n, part in self.parts.parts.items()})
+        return self._value() if counts else None
 
     def add(self, f: Tensor) -> Tensor | None:
-        self.partial = f if self.partial is None else self.partial + f
+        self.parts = self.parts.join(f, self.plan.block_of[len(self.values)] + 1)
+        return self._value()
+
+    def link(self, parts: Parts) -> Tensor | None:
+        self.parts = parts
         return self._value()
 
     def _value(self) -> Tensor | None:
@@ -199,12 +216,10 @@ class Stream:
         k, self.steps = len(self.values), self.steps + 1
         if self.steps != sum(map(len, self.plan.steps[: k + 1])):
             return None
-        sources = [*self.blocks, self.partial]
-        if self.plan.block_of[k : k + 2] != (self.plan.block_of[k],) * 2:
-            self.blocks, self.partial = sources, None
-        plain = sum(sources[1:], sources[0])
-        self.values.append(block_attn_res(sources, self.queries[k], self.gains[k]) if self.queries else plain)
-        return self.values[-1]
+        sources = self.parts.sources()
+        read = block_attn_res(sources, self.queries[k], self.gains[k]) if self.queries else self.parts.total()
+        self.values.append(read)
+        return read
 
 
 @dataclasses.dataclass
@@ -223,10 +238,15 @@ def reference(model: Model, queries: Sequence[Tensor] = (), gains: Sequence[Tens
     program, extras, operands = model.program, [], []
     root = model.embed(X).flatten(0, 1) if program.flat else model.embed(X)
     home, layers = root.shape, [layer.connections for layer in model.all_layers()]
+    unscaled = root
     if layers[0][0].sub.scale_first:
         root = layers[0][0].rescale(root)
     stream, value = Stream(root, plan_of(program), queries, gains), root
+    # Of every value that a link may go back to, its parts.
+    kept = [Parts({0: unscaled})]
     for i, connections in enumerate(layers):
+        if program.link_to(i):
+            value = stream.link(model.linked(i, stream.parts, kept))
         values, shape = [value], home
         for j, connection in enumerate(connections):
             sub = connection.sub
@@ -234,7 +254,7 @@ def reference(model: Model, queries: Sequence[Tensor] = (), gains: Sequence[Tens
                 values[-1] = stream.scale(connection.rescale)
             operands.append(connection.branch(values[-1 - sub.behind].reshape(shape)).reshape(home))
             if sub.scale and not sub.scale_first:
-                stream.scale(connection.rescale)
+                stream.scale(connection.rescale, counts=bool(i or j))
             value = stream.add(SPELLINGS[sub.spelling].alpha * operands[-1])
             values.append(value)
             for name in sub.after:
@@ -243,7 +263,15 @@ def reference(model: Model, queries: Sequence[Tensor] = (), gains: Sequence[Tens
                 shape = home if name in SQUEEZE else shape
             if sub.extra:
                 extras.append(value if sub.extra == "value" else auxiliary_head(value))
+        kept.append(stream.parts)
+    if program.link_to(len(layers)):
+        value = stream.link(model.linked(len(layers), stream.parts, kept))
     return Run((model.norm(value) if program.final_norm else value, *extras), root, operands, stream.values)
+
+
+def alpha_of(step: Step) -> float:
+    """What a step multiplies the branch output by that it adds."""
+    return step.outputs[0].factor if step.outputs else 1.0
 
 
 def check_plan(found: Analysis, program: Program) -> None:
@@ -251,8 +279,10 @@ def check_plan(found: Analysis, program: Program) -> None:
     (plan,), planted = found.plans, plan_of(program)
     assert found.found == (plan.stream.owner,) == (planted.owner,)
     assert plan.stream.width == WIDTH
-    steps = tuple(tuple((s.kind, s.alpha) for s in branch.steps) for branch in plan.stream.branches)
-    assert steps == planted.steps
+    # What a link is written with are scales too, as many as there are in its spelling.
+    kinds = ("add",) if program.links else ("add", "scale")
+    steps = tuple(tuple((s.kind, alpha_of(s)) for s in b.steps if s.kind in kinds) for b in plan.stream.branches)
+    assert steps == tuple(tuple(step for step in branch if step[0] in kinds) for branch in planted.steps)
     assert plan.layer_of == planted.layer_of
     assert len(plan.layers) == len(planted.layers)
     for name, expected in zip(plan.layers, planted.layers, strict=True):
@@ -286,7 +316,7 @@ def check_values(found: Analysis, run: Run) -> None:
     stream = found.plans[0].stream
     nodes = [
         stream.root,
-        *(add.operand for b in stream.branches for add in b.adds),
+        *(output.node for b in stream.branches for add in b.adds for output in add.outputs),
         *(b.value for b in stream.branches),
     ]
     expected = [run.root, *run.operands, *run.values]
@@ -400,3 +430,43 @@ def test_what_is_no_sum_of_branch_outputs_is_refused(kind: str, everywhere: bool
             analyse([traced(model)], config_of(program))
 
     refused()
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_mix_over_depth_is_refused_as_such(everywhere: bool) -> None:
+    """Every value takes in the one before by weights that compute from both, or one does before the last sublayer."""
+
+    @property_test(10, "depth")
+    def refused(program: Program) -> None:
+        count = sum(map(len, program.layers))
+        _, model = build(spoiled(program, "depth", range(count) if everywhere else [count - 2]))
+        # Where less than two adds are left there is no stream whose values could be told.
+        reason = "the model attends over depth already" + ("" if everywhere else "|gated stream|no residual stream")
+        with pytest.raises(ar.AttnResError, match=reason):
+            analyse([traced(model)], config_of(program))
+
+    refused()
+
+
+def test_a_sublayer_behind_a_projection_is_left_over() -> None:
+    @property_test(10, "projection")
+    def refused(program: Program) -> None:
+        count = sum(map(len, program.layers))
+        last = program.layers[-1][-1]
+        if last.behind or last.scale:
+            return
+        _, model = build(spoiled(program, "projection", [count - 2]))
+        with pytest.raises(ar.AttnResError, match=r"a sublayer would stay plain|no residual stream"):
+            analyse([traced(model)], config_of(program))
+
+    refused()
+
+
+def spoiled(program: Program, kind: str, numbers: Sequence[int]) -> Program:
+    """The program with the sublayers of these numbers spoiled."""
+    counter = itertools.count()
+    layers = tuple(
+        tuple(dataclasses.replace(sub, spoil=kind if next(counter) in numbers else None) for sub in subs)
+        for subs in program.layers
+    )
+    return dataclasses.replace(program, layers=layers)

@@ -1,14 +1,34 @@
-"""verify: passes on a right rewrite, fails on a wrong one, and leaves the model as it was."""
+"""verify: passes on a right rewrite, fails on a wrong one in any dtype, and leaves the model as it was."""
 
+import logging
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from models import Tower, embeddings, llama, randomise_sites, token_ids
+from models import (
+    VOCAB,
+    WIDTH,
+    Encoder,
+    Tower,
+    embeddings,
+    gpt2,
+    gpt_neox,
+    llama,
+    opt,
+    prepared,
+    randomise_sites,
+    token_ids,
+)
+from torch import Tensor, nn
 
 import attnres_rewrite as ar
-from attnres_rewrite.passes import CheckRewrite, insert_attnres
+from attnres_rewrite.passes import CheckRewrite
+from attnres_rewrite.passes.parts import PartWriter
 from attnres_rewrite.verification import relative_difference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def test_a_trained_model_passes_and_keeps_its_queries() -> None:
@@ -16,9 +36,11 @@ def test_a_trained_model_passes_and_keeps_its_queries() -> None:
     before = [p.clone() for _, p in ar.attnres_parameters(model)]
     logits = model(token_ids()).logits
     result = ar.verify(model, token_ids())
+    assert result
     assert result.passed
     assert result.sites == 10
-    assert result.sum_difference < 1e-5
+    assert result.sum_difference < 1e-12
+    assert result.without_norm == ()
     assert result.aggregation == "mean"
     assert "verification passed: 10 sites" in str(result)
     assert all(torch.equal(p, b) for (_, p), b in zip(ar.attnres_parameters(model), before, strict=True))
@@ -34,22 +56,234 @@ def test_mean_differs_by_the_norms_epsilon_and_sum_does_not() -> None:
 
 def test_dropout_draws_the_same_numbers_on_both_sides() -> None:
     model = ar.rewrite(llama(attention_dropout=0.5).train(), blocks=2, backend="eager")
-    assert ar.verify(model, token_ids()).passed
+    assert ar.verify(model, token_ids())
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [*((llama, dtype) for dtype in DTYPES), *((make, torch.bfloat16) for make in (gpt2, gpt_neox, opt, Encoder))],
+)
+def test_every_dtype_passes(make, dtype) -> None:
+    model = randomise_sites(ar.rewrite(prepared(make(2), dtype), blocks=2, backend="eager"))
+    result = ar.verify(model, token_ids())
+    assert result, result
+    assert result.tolerance == 1e-8
+
+
+class Batched(Tower):
+    """Its norm counts, and so does the module itself."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.counts, self.calls, self.seen = nn.BatchNorm1d(9), 0, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(x.shape[0])
+        return super().forward(self.counts(x))
+
+
+def explained(model: nn.Module, x: Tensor) -> object:
+    return ar.explain(ar.undo(model), 2, example_inputs=x)
+
+
+@pytest.mark.parametrize("verb", [ar.verify, ar.depth_attention, explained])
+def test_buffers_and_attributes_stay(verb) -> None:
+    model = ar.rewrite(Batched().train(), 2, example_inputs=embeddings(), backend="eager")
+    model(embeddings())
+    before = {name: value.clone() for name, value in model.state_dict().items() if "attn_res" not in name}
+    calls, seen = model.calls, list(model.seen)
+    verb(model, embeddings(seed=3))
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert (model.calls, model.seen) == (calls, seen)
+
+
+# Sabotage
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("wrong", ["a term dropped", "the root twice", "a source left out", "a block twice"])
+def test_a_wrong_source_of_one_site_fails_in_every_dtype(monkeypatch, dtype, wrong) -> None:
+    """In the last site alone, and of small branches: the smallest fault that there is."""
+
+    def sabotaged(self: CheckRewrite, module: torch.fx.GraphModule, plan: object, sites: list[Any]) -> int:
+        node, sources = sites[-1].node, list(sites[-1].node.args[0])
+        with module.graph.inserting_before(node):
+            zero = module.graph.call_function(torch.zeros_like, (sources[-1],))
+            both = module.graph.call_function(torch.add, (sources[-1], sources[0]))
+        zero.meta, both.meta = dict(sources[-1].meta), dict(sources[-1].meta)
+        made = {
+            "a term dropped": [*sources[:-1], zero],
+            "the root twice": [*sources[:-1], both],
+            "a source left out": sources[:-1],
+            "a block twice": [sources[0], *sources[:-1]],
+        }
+        node.args = (made[wrong], *node.args[1:])
+        return len(sites)
+
+    monkeypatch.setattr(CheckRewrite, "call", sabotaged)
+    model = prepared(Tower(2), dtype)
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.first.down.weight.mul_(1e-2)
+            layer.second.down.weight.mul_(1e-2)
+    x = embeddings().to(dtype)
+    ar.rewrite(model, blocks=2, example_inputs=x, backend="eager")
+    result = ar.verify(model, x)
+    assert not result
+    assert result.sum_difference > 100 * result.tolerance
 
 
 def test_a_wrong_source_list_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CheckRewrite, "call", lambda self, module, plan, sites: len(sites))
-    add = insert_attnres._Writer._add
-
-    def drop_second_term(self: insert_attnres._Writer, step: object) -> None:
-        if self.partial is None:
-            add(self, step)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(insert_attnres._Writer, "_add", drop_second_term)
+    monkeypatch.setattr(CheckRewrite, "call", lambda self, module, plan, sites, before: len(sites))
+    monkeypatch.setattr(PartWriter, "total", lambda self, left, right, *, like: left)
     model = ar.rewrite(Tower(), blocks=2, example_inputs=embeddings(), backend="eager")
     result = ar.verify(model, embeddings())
+    assert not result
     assert not result.passed
     assert "FAILED" in str(result)
+
+
+# Reads without a norm
+
+
+class NoLastNorm(Tower):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+class Taken(Tower):
+    """A middle value is read by a linear layer as it is."""
+
+    def __init__(self, layers: int = 4) -> None:
+        super().__init__(layers)
+        self.side = nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for layer in self.layers[:2]:
+            x = layer(x)
+        middle = x
+        for layer in self.layers[2:]:
+            x = layer(x)
+        return self.head(self.norm(x)) + self.side(middle)
+
+
+class ByHand(nn.Module):
+    """A norm that no name tells."""
+
+    def __init__(self, centred: bool) -> None:
+        super().__init__()
+        self.centred = centred
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * self.weight
+
+
+class OwnNorms(Tower):
+    def __init__(self, centred: bool) -> None:
+        super().__init__(3)
+        self.norm = ByHand(centred)
+        for layer in self.layers:
+            layer.first.norm, layer.second.norm = ByHand(centred), ByHand(centred)
+
+
+FORMS: dict[str, Callable[[nn.Module], object]] = {
+    "module": lambda m: ar.rewrite(m, 2, example_inputs=embeddings(), backend="eager"),
+    "program": lambda m: ar.rewrite(torch.export.export(m, (embeddings(),)), 2),
+    "graph": lambda m: ar.rewrite(torch.fx.symbolic_trace(m), 2, example_inputs=embeddings()),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("make", [NoLastNorm, Taken])
+def test_rewrite_says_which_reads_have_no_norm(caplog, form, make) -> None:
+    with caplog.at_level(logging.WARNING, "attnres_rewrite"):
+        FORMS[form](prepared(make(4)))
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("1 reads of a residual stream are not followed by a norm, the first at ")
+    assert 'AttnResConfig(aggregation="sum") starts as it was everywhere' in caplog.messages[0]
+
+
+@pytest.mark.parametrize("make", [lambda: Tower(3), lambda: OwnNorms(False), lambda: OwnNorms(True)])
+@pytest.mark.parametrize("form", FORMS)
+def test_norms_are_recognised(caplog, form, make) -> None:
+    with caplog.at_level(logging.WARNING, "attnres_rewrite"):
+        FORMS[form](prepared(make()))
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, gpt_neox, opt, Encoder])
+def test_norms_of_known_models_are_recognised(caplog, make) -> None:
+    with caplog.at_level(logging.WARNING, "attnres_rewrite"):
+        ar.rewrite(make(2), 2, backend="eager")
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("make", [NoLastNorm, Taken])
+def test_verify_judges_the_aggregation_of_the_model(make) -> None:
+    x = embeddings()
+    mean = ar.verify(ar.rewrite(prepared(make(4)), 2, example_inputs=x, backend="eager"), x)
+    assert not mean
+    assert mean.sum_difference <= mean.tolerance
+    assert mean.difference > 0.1
+    assert len(mean.without_norm) == 1
+    assert "not followed by a norm" in str(mean)
+    config = ar.AttnResConfig(2, aggregation="sum")
+    summed = ar.verify(ar.rewrite(prepared(make(4)), config=config, example_inputs=x, backend="eager"), x)
+    assert summed
+    assert summed.difference < 1e-12
+    assert "norm" not in str(summed)
+
+
+class Around(nn.Module):
+    """The graph breaks on both sides of the tower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.tower, self.after = nn.Linear(WIDTH, WIDTH), Tower(3), nn.Linear(VOCAB, VOCAB)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        torch._dynamo.graph_break()
+        x = self.tower(x)
+        torch._dynamo.graph_break()
+        return self.after(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_in_several_graphs(dtype) -> None:
+    x = embeddings().to(dtype)
+    model = randomise_sites(ar.rewrite(prepared(Around(), dtype), 2, example_inputs=x, backend="eager"))
+    result = ar.verify(model, x)
+    assert result, result
+    assert (result.sites, result.tolerance) == (6, 1e-8)
+
+
+def test_an_operator_without_float64() -> None:
+    """It runs as it is, and the tolerance follows."""
+
+    @torch.library.custom_op("attnres_test::halves_only", mutates_args=())
+    def halves_only(x: Tensor) -> Tensor:
+        assert x.dtype == torch.bfloat16
+        return x * 2
+
+    halves_only.register_fake(torch.empty_like)
+
+    class Fixed(Tower):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(halves_only(x))
+
+    x = embeddings().bfloat16()
+    result = ar.verify(ar.rewrite(prepared(Fixed(3), torch.bfloat16), 2, example_inputs=x, backend="eager"), x)
+    assert result
+    assert result.tolerance == 4 * torch.finfo(torch.bfloat16).eps
 
 
 def test_a_plain_model_is_an_error() -> None:

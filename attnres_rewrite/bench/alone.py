@@ -126,7 +126,7 @@ def _run(name: str, form: Form, settings: BenchSettings) -> FormAlone:
 
 def main(name: str, form: Form, settings: str) -> None:
     """Measure one form of the model ``name`` in this process and print the figures as a line of JSON."""
-    from attnres_rewrite.cli import load_model
+    from attnres_rewrite.named_models import load_model
 
     wanted = BenchSettings.from_json(settings)
     device = str(wanted.resolve_device())

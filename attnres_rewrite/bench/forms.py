@@ -24,8 +24,8 @@ from attnres_rewrite.bench.workload import (
     make_workload,
     training_step,
 )
-from attnres_rewrite.capture import ExampleInputs
 from attnres_rewrite.errors import UnsupportedResidualError
+from attnres_rewrite.inputs import ExampleInputs
 
 # A model, or a model and example inputs for it as rewrite() takes them, not compiled and not rewritten.
 MakeModel = Callable[[], nn.Module | tuple[nn.Module, ExampleInputs | None]]

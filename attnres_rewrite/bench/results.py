@@ -153,7 +153,9 @@ class BenchResult:
     def title(self) -> str:
         """The model, its inputs and where it ran, in a line."""
         sizes = ", ".join(f"{name} {size}" for name, size in self.sizes.items())
-        return f"{self.model}, {sizes}, {self.settings.blocks} blocks, on {self.device}"
+        per_block = self.settings.layers_per_block
+        grouped = f"{self.settings.blocks} blocks" if per_block is None else f"blocks of {per_block} layers"
+        return f"{self.model}, {sizes}, {grouped}, on {self.device}"
 
     def table(self) -> Table:
         """Both forms side by side; below one is better for the rewritten form."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -26,8 +27,7 @@ class BenchSettings:
     """Settings of a comparison of a model with its rewritten form.
 
     Attributes:
-        blocks: Number N of blocks, or ``"full"``.
-        schedule: As in :class:`attnres_rewrite.AttnResConfig`.
+        blocks, layers_per_block, aggregation, streams, schedule: As in :class:`attnres_rewrite.AttnResConfig`.
         batch: Sequences in a batch of tokens; ``None``: 2, or as the example inputs are.
         length: Tokens in a sequence; ``None``: 256, or as many as the model has positions for, or as the example
             inputs are.
@@ -50,7 +50,10 @@ class BenchSettings:
         BlockPartitionError: ``blocks`` is not a positive integer.
     """
 
-    blocks: int | Literal["full"] = 8
+    blocks: int | Literal["full"] | Sequence[int] = 8
+    layers_per_block: int | None = None
+    aggregation: str = "mean"
+    streams: Sequence[str] | None = None
     schedule: str = "auto"
     batch: int | None = None
     length: int | None = None
@@ -90,9 +93,9 @@ class BenchSettings:
 
     def config(self) -> AttnResConfig:
         """The configuration of the rewrite."""
-        # Which schedules there are is for the configuration to say.
-        schedule: Any = self.schedule
-        return AttnResConfig(blocks=self.blocks, schedule=schedule)
+        fields: Any = {field.name for field in dataclasses.fields(AttnResConfig)}
+        # What values there are is for the configuration to say.
+        return AttnResConfig(**{name: value for name, value in vars(self).items() if name in fields})
 
     def resolve_device(self) -> torch.device:
         """The device that ``device`` means on this machine.

@@ -11,20 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, OutputKind
 
 from attnres_rewrite import _compat
-from attnres_rewrite.capture import Call
-from attnres_rewrite.errors import AttnResError
+from attnres_rewrite.errors import OnnxExportError
+from attnres_rewrite.inputs import Call
 from attnres_rewrite.onnx import form, function
 from attnres_rewrite.onnx.sizes import given_shapes, renamed, size_names
 
 if TYPE_CHECKING:
     import numpy
     from onnxscript import ir
-
-
-class OnnxExportError(AttnResError):
-    """The model could not be exported, or ONNX Runtime computes something else than PyTorch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +99,10 @@ def _name_outputs(model: ir.Model, names: Sequence[str]) -> None:
 
 
 def _output_names(program: ExportedProgram) -> list[str]:
-    names = _compat.output_names(program.call_spec.out_spec)
+    specs = (s for s in program.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT)
+    pairs = zip(_compat.output_names(program.call_spec.out_spec), specs, strict=True)
+    # What is None, or another constant, is no output of the ONNX model.
+    names = [name for name, spec in pairs if not isinstance(spec.arg, ConstantArgument)]
     # An output that is not in a mapping has only a position.
     return ["output" if not name else f"output_{name}" if name.isdecimal() else name for name in names]
 

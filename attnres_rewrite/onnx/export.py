@@ -19,14 +19,14 @@ from attnres_rewrite import _compat
 from attnres_rewrite.anchor import AnchorSpec
 from attnres_rewrite.api import disabled, require_live
 from attnres_rewrite.backend import AttnResBackend
-from attnres_rewrite.capture import Call, ExampleInputs, example_call, without_traces
 from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.errors import AttnResError, ExampleInputsError, MissingPackageError
-from attnres_rewrite.exported import rewrite_exported
+from attnres_rewrite.errors import AttnResError, ExampleInputsError, MissingPackageError, OnnxExportError
+from attnres_rewrite.exported import flattened, rewrite_exported
+from attnres_rewrite.inputs import Call, ExampleInputs, example_call, without_traces
 from attnres_rewrite.live import run_through
-from attnres_rewrite.onnx import function, huggingface
+from attnres_rewrite.onnx import function, transformers_exporters
 from attnres_rewrite.onnx.comparison import compare
-from attnres_rewrite.onnx.conversion import Conversion, OnnxExportError, Reference, convert, finish
+from attnres_rewrite.onnx.conversion import Conversion, Reference, convert, finish
 from attnres_rewrite.onnx.sizes import default_dynamic_dims, given_shapes
 
 if TYPE_CHECKING:
@@ -190,7 +190,8 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
 
 def _require_rewritten(model: object) -> None:
     if isinstance(model, ExportedProgram | GraphModule):
-        if not function.is_rewritten(model):
+        whole = flattened(model) if isinstance(model, ExportedProgram) else model
+        if not function.is_rewritten(whole):
             kind = type(model).__name__ if isinstance(model, ExportedProgram) else "GraphModule"
             raise AttnResError(f"export_onnx: this {kind} was not rewritten; call rewrite() on it first")
         return
@@ -220,11 +221,11 @@ def _converted(
         else:
             config, blocks = _recorded(model)
             with _plain(model):
-                if (keywords := huggingface.by_keywords(model, call)) is not None:
-                    return huggingface.export(
+                if (keywords := transformers_exporters.by_keywords(model, call)) is not None:
+                    return transformers_exporters.export(
                         model,
                         keywords,
-                        lambda program: rewrite_exported(program, config, blocks),
+                        lambda program: flattened(rewrite_exported(program, config, blocks)),
                         use_cache=use_cache,
                         dynamic_shapes=dynamic_shapes,
                         opset_version=opset_version,
@@ -238,6 +239,7 @@ def _converted(
             f"{option} is for Hugging Face models that are given by themselves, and needs a transformers with "
             f"transformers.exporters (5.17 or newer); this is a {type(model).__name__}"
         )
+    program = flattened(program)
     return Conversion(program, convert(program, opset_version), call, list(given_shapes(program)), reference)
 
 
@@ -286,12 +288,13 @@ def _evaluating(model: nn.Module | ExportedProgram) -> Iterator[None]:
 @contextlib.contextmanager
 def _plain(model: nn.Module) -> Iterator[None]:
     """``model`` uncompiled and with plain residuals."""
-    compiled, model._compiled_call_impl = model._compiled_call_impl, None
+    compiled = _compat.compiled_call(model)
+    _compat.set_compiled_call(model, None)
     try:
         with disabled(model):
             yield
     finally:
-        model._compiled_call_impl = compiled
+        _compat.set_compiled_call(model, compiled)
 
 
 def _live_outputs(model: nn.Module) -> Any:

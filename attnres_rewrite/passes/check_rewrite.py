@@ -1,11 +1,12 @@
-"""Pass 7: the rewritten graph says what the equation says."""
+"""Pass 8: the rewritten graph says what the equation says."""
 
 from __future__ import annotations
 
 import functools
-import itertools
+import math
 import operator
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 
 from torch.fx import GraphModule, Node
 
@@ -13,88 +14,152 @@ from attnres_rewrite.graph import op_name
 from attnres_rewrite.passes.base import Pass, PostconditionError
 from attnres_rewrite.passes.insert_attnres import Site
 from attnres_rewrite.passes.schedule_reads import sources_of
-from attnres_rewrite.patterns import through_transparent
+from attnres_rewrite.patterns import LinearSum, StreamScale, through_transparent
+from attnres_rewrite.patterns.base import Rejection
 from attnres_rewrite.streams import StreamPlan
+
+# Of a sum of some hundred products of some hundred numbers, rounded twice in another order.
+_TOLERANCE = 1e-9
+
+
+class Expansion:
+    """Reads off a graph what its nodes are as linear combinations of the terms of a stream.
+
+    Every term and every coefficient stands for a random number, so that two nodes have one number only if they are the
+    same combination, with the same coefficients. Made before the rewrite, it holds the old values of the stream.
+    """
+
+    def __init__(self, plan: StreamPlan) -> None:
+        self._random = random.Random(0)
+        self._numbers: dict[Node, float] = {}
+        self._terms: dict[Node, tuple[int, float]] = {}
+        self.parts: list[int] = [0] * (plan.blocks + 1)
+        self._add_term(plan.stream.root, {0})
+        parts_of: dict[Node, set[int]] = {}
+        for step in plan.stream.steps:
+            for addend in step.addends:
+                if addend.kind != "value":
+                    parts_of.setdefault(through_transparent(addend.node), set()).add(plan.part_of(step, addend))
+        for node, parts in parts_of.items():
+            self._add_term(node, parts)
+        self.old = [self.of(branch.value) for branch in plan.stream.branches]
+
+    def _add_term(self, node: Node, parts: set[int]) -> None:
+        # A bias that is added in several blocks is a term of each, and cannot tell them apart.
+        bit = 1 << len(self._terms) if len(parts) == 1 else 0
+        self._terms.setdefault(node, (bit, self._random.uniform(0.5, 1.5)))
+        for part in parts:
+            self.parts[part] |= bit
+
+    def of(self, node: Node) -> tuple[int, float]:
+        """The terms that ``node`` sums, as bits, and its number. What is found on the way is kept."""
+        found, pending = self._terms, [node]
+        while pending:
+            base = through_transparent(pending[-1])
+            if base in found:
+                found[pending.pop()] = found[base]
+                continue
+            summed = _summands(base)
+            if summed is None:
+                raise PostconditionError(f"{node.name} sums {base.name}, which is no term of the stream")
+            if missing := [n for n, _ in summed if n not in found]:
+                pending.extend(missing)
+                continue
+            bits = functools.reduce(operator.or_, (found[n][0] for n, _ in summed))
+            found[base] = bits, sum(found[n][1] * self._number(factor) for n, factor in summed)
+        return found[node]
+
+    def _number(self, factor: Node | float | tuple[Node, int]) -> float:
+        """The number that a coefficient stands for, or one over it."""
+        if isinstance(factor, tuple):
+            return 1.0 / self._number(factor[0])
+        if not isinstance(factor, Node):
+            return float(factor)
+        factor = through_transparent(factor)
+        pending = [factor]
+        while pending:
+            node = pending[-1]
+            if node in self._numbers:
+                pending.pop()
+                continue
+            operation = None if node.kwargs else _ARITHMETIC.get(op_name(node))
+            if operation is None:
+                self._numbers[node] = self._random.uniform(0.9, 1.1)
+                continue
+            operands = [through_transparent(a) if isinstance(a, Node) else a for a in node.args]
+            if missing := [n for n in operands if isinstance(n, Node) and n not in self._numbers]:
+                pending.extend(missing)
+                continue
+            values = [self._numbers[n] if isinstance(n, Node) else float(n) for n in operands]  # type: ignore[arg-type]
+            self._numbers[node] = operation(*values)
+        return self._numbers[factor]
+
+
+_ARITHMETIC: dict[str, Callable[..., float]] = {
+    "mul": operator.mul,
+    "add": operator.add,
+    "div": operator.truediv,
+    "reciprocal": lambda x: 1.0 / x,
+}
+
+
+def _summands(node: Node) -> list[tuple[Node, Node | float | tuple[Node, int]]] | None:
+    """What ``node`` sums, each with its factor; a factor that is divided by comes in a tuple."""
+    if op_name(node) in ("view_as", "expand_as") and isinstance(node.args[0], Node):
+        return [(node.args[0], 1.0)]
+    match = LinearSum().match(node)
+    if not isinstance(match, Rejection):
+        return list(match.addends)
+    scale = StreamScale().match(node)
+    if isinstance(scale, Rejection):
+        return None
+    if scale.divides:
+        assert isinstance(scale.factor, Node)
+        return [(scale.source, (scale.factor, -1))]
+    return [(scale.source, scale.factor)]
 
 
 class CheckRewrite(Pass):
     """Re-derive, from the edges of the edited graph, what every site attends over.
 
-    Site k must see disjoint sums whose total is the old stream value ``b_0 + f_1 + ... + f_k``, in the
-    number that the plan says, and no node may read the old stream any more. A failure is a bug here,
-    reported before anything runs.
+    A site must see disjoint parts, each of the terms of one block, and their total must be the old stream value: the
+    same terms with the same coefficients, as they were read off the graph before it was edited. No node may read the
+    old stream any more. A failure is a bug here, reported before anything runs.
     """
 
-    def call(self, module: GraphModule, plan: StreamPlan, sites: Sequence[Site]) -> int:
+    def call(self, module: GraphModule, plan: StreamPlan, sites: Sequence[Site], before: Expansion) -> int:
         """Check the sites of one stream; returns how many there are."""
         nodes = set(module.graph.nodes)
-        for branch in plan.stream.branches:
-            left = [step.node.name for step in branch.steps if step.node in nodes]
-            if left:
-                raise PostconditionError(f"old adds are left in the graph: {left}")
+        steps = (step for branch in plan.stream.branches for step in branch.steps)
+        if left := [step.node.name for step in steps if step.node in nodes]:
+            raise PostconditionError(f"old adds are left in the graph: {left}")
         if len(sites) != len(plan.stream.branches):
             raise PostconditionError(f"{len(plan.stream.branches)} branches but {len(sites)} sites")
-        terms = self._terms(plan)
-        # How many branch outputs there are up to every site.
-        added = itertools.accumulate(bool(branch.adds) for branch in plan.stream.branches)
-        for k, (site, count, last) in enumerate(zip(sites, plan.sources, added, strict=True)):
-            self._check_site(site, k, count, last, terms)
+        for k, (site, count) in enumerate(zip(sites, plan.sources, strict=True)):
+            _check_site(site, k, count, before)
         return len(sites)
 
     def summary(self, result: int) -> str:
         """Counts for the log."""
         return f"{result} sites checked"
 
-    def _terms(self, plan: StreamPlan) -> dict[Node, int]:
-        """Which terms a node is, as a set of bits: bit k for branch output k, bit 0 for the root, none for a bias."""
-        terms: dict[Node, int] = {plan.stream.root: 1}
-        for k, branch in enumerate((b for b in plan.stream.branches if b.adds), start=1):
-            for add in branch.adds:
-                assert isinstance(add.operand, Node)
-                operand = through_transparent(add.operand)
-                terms[operand] = terms.get(operand, 0) | 1 << k
-        for step in (step for branch in plan.stream.branches for step in branch.steps):
-            if step.kind == "bias" and isinstance(step.operand, Node):
-                terms.setdefault(through_transparent(step.operand), 0)
-        return terms
 
-    def _check_site(self, site: Site, k: int, count: int, last: int, terms: dict[Node, int]) -> None:
-        sources = sources_of(site.node)
-        if len(sources) != count:
-            raise PostconditionError(f"site {k} has {len(sources)} sources instead of {count}")
-        parts = [self._expand(source, terms) for source in sources]
-        if parts != [_bits(part) for part in site.parts]:
-            raise PostconditionError(f"site {k} sums {list(map(_numbers, parts))} instead of {site.parts}")
-        # Disjoint and complete: as many bits as there are terms so far, and every one of them.
-        count_of_bits, union = sum(part.bit_count() for part in parts), functools.reduce(operator.or_, parts)
-        if count_of_bits != last + 1 or union != _bits(range(last + 1)):
-            raise PostconditionError(
-                f"the sources of site {k} are not disjoint sums of f_0 to f_{last}: {list(map(_numbers, parts))}"
-            )
-
-    def _expand(self, source: Node, terms: dict[Node, int]) -> int:
-        """The terms that ``source`` sums; what is found on the way is kept in ``terms``, so no node is met twice."""
-        pending = [source]
-        while pending:
-            base = through_transparent(pending[-1])
-            if base in terms:
-                terms[pending.pop()] = terms[base]
-                continue
-            if op_name(base) == "add":
-                summed = [n for n in base.args[:2] if isinstance(n, Node)]
-            elif op_name(base) in ("mul", "div", "view_as", "expand_as"):
-                summed = [base.args[0]]  # type: ignore[list-item]
-            else:
-                raise PostconditionError(f"source {source.name} sums {base.name}, which is no branch output")
-            if missing := [n for n in summed if n not in terms]:
-                pending.extend(missing)
-            else:
-                terms[base] = functools.reduce(operator.or_, (terms[n] for n in summed))
-        return terms[source]
-
-
-def _bits(part: range) -> int:
-    return (1 << part.stop) - (1 << part.start)
+def _check_site(site: Site, k: int, count: int, before: Expansion) -> None:
+    sources = sources_of(site.node)
+    if len(sources) != count:
+        raise PostconditionError(f"site {k} has {len(sources)} sources instead of {count}")
+    found = [before.of(source) for source in sources]
+    terms, total = before.old[k]
+    expected = [terms & before.parts[part] for part in site.parts]
+    if [bits for bits, _ in found] != expected:
+        numbers = [_numbers(bits) for bits, _ in found]
+        raise PostconditionError(f"site {k} sums {numbers} instead of {list(map(_numbers, expected))}")
+    # Disjoint and complete: as many bits as the old value has, and every one of them.
+    if sum(bits.bit_count() for bits, _ in found) != terms.bit_count():
+        raise PostconditionError(f"the sources of site {k} are not disjoint sums of the terms of the old value")
+    size = sum(abs(number) for _, number in found)
+    if not math.isclose(sum(number for _, number in found), total, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE * size):
+        raise PostconditionError(f"the sources of site {k} have other coefficients than the old value")
 
 
 def _numbers(bits: int) -> set[int]:

@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite.errors import AttnResError, NoResidualStreamError, UnsupportedResidualError
 from attnres_rewrite.graph import (
-    SHAPE_ONLY,
-    aliases_of,
-    carries_data,
     depends_on,
-    indices,
-    is_float_tensor,
     module_path,
     module_stack,
-    op_name,
-    overwritten_by,
     require_tensor,
     same_shape,
     sequential_paths,
     source_line,
 )
+from attnres_rewrite.memory import aliases_of, overwritten_by
 from attnres_rewrite.passes.base import Pass, PostconditionError
-from attnres_rewrite.patterns import ResidualAdd, StreamBias, StreamScale, Transparent, through_transparent
+from attnres_rewrite.passes.linear_values import LinearValues, Value
+from attnres_rewrite.patterns import reads_of, through_transparent
 from attnres_rewrite.patterns.base import Rejection
+from attnres_rewrite.patterns.linear_sum import is_sum
 from attnres_rewrite.patterns.refusal import REVERSIBLE, Piece, explain_refusals, is_mixer
-from attnres_rewrite.patterns.residual_add import is_add
-from attnres_rewrite.patterns.stream_scale import scaled_values
 from attnres_rewrite.streams import Branch, Rejected, ResidualStream, Step
 
 OVERWRITTEN = (
@@ -77,45 +70,26 @@ class StreamAnalysis:
         return self.refusals[0].error if self.refusals else None
 
 
-@dataclasses.dataclass(eq=False)
-class _Value:
-    """A stream value: the steps that lead to it from ``previous``, ``None`` for a root."""
-
-    node: Node
-    previous: _Value | None = None
-    steps: tuple[Step, ...] = ()
-
-    @functools.cached_property
-    def root(self) -> _Value:
-        return self.previous.root if self.previous is not None else self
-
-    @functools.cached_property
-    def depth(self) -> int:
-        return self.previous.depth + 1 if self.previous is not None else 0
-
-    def path(self) -> list[_Value]:
-        values, value = [], self
-        while value is not None:
-            values.append(value)
-            value = value.previous  # type: ignore[assignment]
-        return values[::-1]
-
-
 class FindStreams(Pass):
-    """Find every chain ``x_{k+1} = x_k + f_k`` by data flow.
+    """Find every stream: the values that are linear combinations of a root and of branch outputs, by data flow.
 
-    An add extends a stream if exactly one operand is on it and the other depends, through tensor data,
-    on an earlier value of that stream. An add of ``x`` and something that depends on ``x`` starts one.
-    Forks make a tree; the stream is its longest path. A chain that begins and ends inside one branch
-    of another stream is nested, and no stream of its own.
+    ::
+
+        root ─► (+ f_1) ─► (* c) ─► (+ f_2) ─► (+ c' * root) ─► ... ─► end
+
+    A sum of a value and of something that computes from the stream adds a branch output, one of two values links them.
+    A sum of ``x`` and something that computes from ``x`` begins a family of values. The stream is what its deepest
+    value is a linear function of. A chain that begins and ends inside one branch of another stream is nested, and no
+    stream of its own.
     """
 
     def call(self, module: GraphModule) -> StreamAnalysis:
         """The streams of ``module``, which is not changed."""
-        search = _Search(module)
+        found = LinearValues(module)
         for node in module.graph.nodes:
-            if is_add(node):
-                search.consider(node)
+            if is_sum(node):
+                found.consider(node)
+        search = _Search(found)
         streams = search.streams()
         pieces = search.pieces(streams)
         rejected = search.all_rejected(streams, pieces)
@@ -127,7 +101,7 @@ class FindStreams(Pass):
 
     def ensures(self, module: GraphModule, result: StreamAnalysis) -> None:
         """No node is a step of two streams."""
-        steps = [step.node for stream in result.streams for branch in stream.branches for step in branch.steps]
+        steps = [step.node for stream in result.streams for step in stream.steps]
         if len(steps) != len(set(steps)):
             raise PostconditionError("one add was found on two streams")
 
@@ -138,130 +112,14 @@ class FindStreams(Pass):
 
 
 class _Search:
-    """The tree of stream values, grown add by add in topological order."""
+    """Chooses the streams among the families of linear values."""
 
-    def __init__(self, module: GraphModule) -> None:
-        self.index = indices(module.graph)
-        self.values: dict[Node, _Value] = {}
-        self.rejected: dict[Node, str] = {}
-        self._inside: dict[_Value, set[_Value]] = {}
-        self._shared: list[Node] = []
-        self._add, self._scale, self._bias = ResidualAdd(), StreamScale(), StreamBias()
-
-    def consider(self, node: Node) -> None:
-        """Extend or start a stream with the add ``node``, or note why not."""
-        match = self._add.match(node)
-        if isinstance(match, Rejection):
-            if all(isinstance(operand, Node) and is_float_tensor(operand) for operand in node.args[:2]):
-                self.rejected[node] = match.reason
-            return
-        sides = ((match.left, match.right, match.alpha), (match.right, match.left, 1.0))
-        reasons = []
-        for stream_side, branch, alpha in sides:
-            if stream_side is match.right and match.alpha != 1.0:
-                reasons.append("the stream operand is multiplied by alpha")
-                continue
-            outcome = self._attach(node, stream_side, branch, alpha)
-            if isinstance(outcome, _Value) and overwritten_by(node) is not None:
-                self._shared.append(node)
-                self.rejected[node] = "it overwrites a tensor that something else shares"
-                return
-            if isinstance(outcome, _Value):
-                self.values[node] = outcome
-                return
-            reasons.append(outcome)
-        self.rejected[node] = next((r for r in reasons if "both" in r), "neither operand computes from the other")
-
-    def _attach(self, node: Node, stream_side: Node, branch: Node, alpha: float) -> _Value | str:
-        add = Step("add", node, branch, alpha)
-        origins = self._origins(stream_side)
-        # A value that is known to be on a stream goes before a new root nearer by.
-        for base, steps in sorted(origins, key=lambda origin: origin[0] not in self.values):
-            value = self.values.get(base) or _Value(base)
-            other = self.values.get(through_transparent(branch))
-            if other is not None and other.root is value.root:
-                return "both operands are on the stream"
-            if not self._computes_from(branch, value.root):
-                continue
-            if not self._independent(steps, value.root):
-                continue
-            if _linear_source(branch) is base:
-                return "both operands are on the stream"
-            self.values.setdefault(base, value)
-            new = _Value(node, value, (*steps, add))
-            self._inside[new] = self._inside_branch(branch, value)
-            return new
-        return "the other operand does not compute from it"
-
-    def _independent(self, steps: Iterable[Step], root: _Value) -> bool:
-        """Whether no scale or bias among ``steps`` computes from the stream, as a gate does."""
-        return not any(isinstance(step.operand, Node) and self._computes_from(step.operand, root) for step in steps)
-
-    def _computes_from(self, node: Node, root: _Value) -> bool:
-        def is_value(candidate: Node) -> bool:
-            known = self.values.get(candidate)
-            return candidate is root.node or (known is not None and known.root is root)
-
-        return depends_on(node, is_value, self.index[root.node], self.index)
-
-    def _inside_branch(self, branch: Node, value: _Value) -> set[_Value]:
-        """The values of the tree off the path to ``value`` that its new branch computes from.
-
-        They belong to the inside of the branch, however long a chain they make.
-        """
-        inside = set()
-
-        def is_on_path(candidate: Node) -> bool:
-            known = self.values.get(candidate)
-            if known is None or known.root is not value.root:
-                return False
-            ancestor = value
-            while ancestor.previous is not None and ancestor.depth > known.depth:
-                ancestor = ancestor.previous
-            if ancestor is not known:
-                inside.add(known)
-            return ancestor is known
-
-        depends_on(branch, is_on_path, self.index[value.root.node], self.index)
-        return inside
-
-    def _origins(self, node: Node) -> list[tuple[Node, tuple[Step, ...]]]:
-        """Candidates for the stream value behind ``node``, with the steps in between; nearest first."""
-        steps: tuple[Step, ...] = ()
-        origins = []
-        while True:
-            node = through_transparent(node)
-            origins.append((node, steps))
-            found = self._linear_step(node) if node not in self.values else None
-            if found is None:
-                return origins
-            step, node = found
-            steps = (step, *steps)
-
-    def _linear_step(self, node: Node) -> tuple[Step, Node] | None:
-        """The scale or bias that ``node`` applies, and what it applies it to."""
-        scale = self._scale.match(node)
-        if not isinstance(scale, Rejection):
-            return Step("scale", node, scale.factor), scale.source
-        bias = self._bias.match(node)
-        if not isinstance(bias, Rejection):
-            return Step("bias", node, bias.bias), bias.source
-        add = self._add.match(node)
-        if isinstance(add, Rejection) or add.alpha != 1.0:
-            return None
-        # Of two operands of one shape the stream is the one that is known to be on one.
-        known = [through_transparent(operand) in self.values for operand in (add.left, add.right)]
-        if known[0] == known[1]:
-            return None
-        source, operand = (add.left, add.right) if known[0] else (add.right, add.left)
-        # What computes from a stream, this one or another, is no bias but a meeting of two.
-        if depends_on(operand, self.values.__contains__, 0, self.index):
-            return None
-        return Step("bias", node, operand), source
+    def __init__(self, found: LinearValues) -> None:
+        self.found, self.index, self.values = found, found.index, found.values
 
     def streams(self) -> list[ResidualStream]:
-        """The longest path of every tree, without trees that are nested in a branch of another."""
-        found = [s for end in self._ends() if (s := self._stream(end.path())) is not None]
+        """The stream of every family, without those that are nested in a branch of another."""
+        found = [s for end in self._ends() if (s := self._stream(end)) is not None]
         streams: list[ResidualStream] = []
         # The streams that have begun and not ended: no other can hold the next one.
         around: list[ResidualStream] = []
@@ -274,29 +132,102 @@ class _Search:
             around.append(stream)
         return streams
 
-    def _ends(self) -> list[_Value]:
-        """The last value of the longest path of every tree, without the values that are inside a branch."""
-        extended = {value.previous for value in self.values.values()}
-        consumed: set[_Value] = set()
-        for value, inside in self._inside.items():
+    def _ends(self) -> list[Value]:
+        """The deepest value of every family, without the values that are inside a branch."""
+        extended = {source for value in self.values.values() for source in value.sources}
+        consumed: set[Value] = set()
+        for value, inside in self.found.inside.items():
             # A skip from the root around the whole stream, with which it ends, takes nothing away from it.
-            if value.previous is not value.root or value in extended:
+            if value.depth > 1 or value in extended:
                 consumed |= inside
-        ends: dict[_Value, _Value] = {}
+        ends: dict[Value, Value] = {}
         for value in self.values.values():
-            # Of two paths of one length the later one wins: it may compute from the other.
-            if value not in consumed and value.depth >= ends.get(value.root, value.root).depth:
+            # Of two of one depth the later one wins: it may compute from the other.
+            is_end = value.is_sum and value not in consumed
+            if is_end and value.depth >= ends.get(value.root, value.root).depth:
                 ends[value.root] = value
-        return [end for end in ends.values() if end.previous is not None]
+        return list(ends.values())
+
+    def _chain(self, end: Value) -> list[Value]:
+        """The values that ``end`` is a linear function of, in graph order, the root first."""
+        chain = (value for value in self.found.families[end.root] if end.descends_from(value))
+        return sorted(chain, key=lambda value: self.index[value.node])
+
+    def _stream(self, end: Value) -> ResidualStream | None:
+        root, *values = self._chain(end)
+        steps = [value.step for value in values if value.step is not None]
+        steps += self._trailing_steps(end, {step.node for step in steps})
+        branches = self._branches(root.node, steps)
+        if sum(bool(branch.adds) for branch in branches) < 2:
+            return None
+        last = max(self.index[branch.value] for branch in branches)
+        owner, scope = _owner_and_scope([add.node for branch in branches for add in branch.adds])
+        width = int(require_tensor(root.node).shape[-1])
+        kept = tuple(step for step in steps if self.index[step.node] <= last)
+        return ResidualStream(owner, scope, root.node, branches, width, kept)
+
+    def _branches(self, root: Node, steps: Sequence[Step]) -> tuple[Branch, ...]:
+        """The steps by the value that is read after them; those that change the root's part alone are in none."""
+        on_stream = {step.node for step in steps}
+        # A value's place in depth: the number of the last branch output in it, then its place in the graph.
+        place, adds = {root: (0, self.index[root])}, 0
+        for step in steps:
+            adds += bool(step.outputs)
+            for output in step.outputs:
+                place.setdefault(output.node, (adds, self.index[output.node]))
+            newest = adds if step.outputs else max(place[addend.node][0] for addend in step.values)
+            place[step.node] = (newest, self.index[step.node])
+        deep = [step for step in steps if place[step.node][0]]
+        read = sorted((step.node for step in deep if reads_of(step.node, on_stream)), key=place.__getitem__)
+        ends = [place[value] for value in read]
+        branches: list[list[Step]] = [[] for _ in read]
+        for step in deep:
+            if (k := bisect.bisect_left(ends, place[step.node])) < len(read):
+                branches[k].append(step)
+        return tuple(Branch(value, tuple(own)) for value, own in zip(read, branches, strict=True))
+
+    def _trailing_steps(self, last: Value, on_stream: set[Node]) -> list[Step]:
+        """What is linear after the last sum, which the last read sees as earlier reads see theirs."""
+        steps: list[Step] = []
+        node = last.node
+        while True:
+            reads = reads_of(node, on_stream)
+            found = self._step_from(node, reads[0]) if len(reads) == 1 else None
+            if found is None or not self.found.is_independent([found], last.root):
+                return steps
+            node = reads[0]
+            steps.append(found)
+
+    def _step_from(self, value: Node, node: Node) -> Step | None:
+        """The step from ``value`` to ``node``, which is no sum of two values."""
+        known = self.values.get(node)
+        step = known.step if known is not None and not known.is_sum else self.found.linear_step(node)
+        return step if step is not None and step.values[0].node is value else None
+
+    def pieces(self, streams: list[ResidualStream]) -> list[Piece]:
+        """The streams, and the chains that are neither a part of one nor nested in a branch of one."""
+        pieces = []
+        for stream in streams:
+            adds = [step.node for step in stream.steps if step.outputs]
+            values = [step.node for step in stream.steps]
+            pieces.append(_piece(adds, stream.root, values, {stream.branches[-1].value, adds[-1]}, is_stream=True))
+        families = {self._family_of(stream) for stream in streams}
+        for end in self._ends():
+            chain = end.root.node, end.node, end.depth
+            if end.root in families or not end.depth or any(self._nested(*chain, stream) for stream in streams):
+                continue
+            adds = [value.node for value in self._chain(end) if value.is_sum]
+            pieces.append(_piece(adds, end.root.node, adds, {end.node}, is_stream=False))
+        return pieces
 
     def all_rejected(self, streams: list[ResidualStream], pieces: list[Piece]) -> tuple[Rejected, ...]:
-        """Every add that is on no stream, with the reason, in graph order."""
-        reasons = dict(self.rejected)
+        """Every sum that is on no stream, with the reason, in graph order."""
+        reasons = dict(self.found.rejected)
         alone = set().union(*(piece.values for piece in pieces if not piece.is_stream))
-        for value in self.values.values():
-            if value.previous is not None:
-                reasons[value.node] = "a chain of one add" if value.node in alone else "within a branch of a stream"
-        on_stream = {step.node for stream in streams for branch in stream.branches for step in branch.steps}
+        for node, value in self.values.items():
+            if value.step is not None and is_sum(node):
+                reasons[node] = "a chain of one add" if node in alone else "within a branch of a stream"
+        on_stream = {step.node for stream in streams for step in stream.steps}
         return tuple(Rejected(n, reasons[n]) for n in sorted(reasons, key=self.index.__getitem__) if n not in on_stream)
 
     def refusals(self, streams: list[ResidualStream], pieces: list[Piece]) -> list[Refusal]:
@@ -305,10 +236,10 @@ class _Search:
             Rejection(
                 "a residual add overwrites in place a tensor that is used elsewhere as well: write x = x + f(x)", add
             )
-            for add in self._shared
+            for add in self.found.shared
         ]
         certain += [Rejection(OVERWRITTEN, node) for stream in streams for node in self._overwriting(stream)]
-        found = explain_refusals(pieces, list(self.rejected), self.index)
+        found = explain_refusals(pieces, list(self.found.rejected), self.index)
         found += [Rejection(REVERSIBLE, root) for root in self._coupled(streams, pieces)]
         return [
             Refusal(module_path(r.node), UnsupportedResidualError(f"{r.reason} (at {source_line(r.node)})"))
@@ -316,18 +247,21 @@ class _Search:
         ]
 
     def _overwriting(self, stream: ResidualStream) -> Iterator[Node]:
-        """What changes, in place, a part of a stream value that the next step still adds to, or a term of its sums."""
-        steps = [step for branch in stream.branches for step in branch.steps]
+        """What changes, in place, a part of a stream value that a later step still needs, or a term of its sums."""
         index, forever = self.index, len(self.index)
-        kept = [(stream.root, index[steps[0].node], forever)]
-        kept += [
-            (s.operand, index[s.node], forever) for s in steps if isinstance(s.operand, Node) and s.kind != "scale"
-        ]
-        for step, following in itertools.pairwise(steps):
-            kept.append((step.node, index[step.node], index[following.node]))
-            side = next((n for n in following.node.all_input_nodes if through_transparent(n) is step.node), step.node)
-            kept.append((side, index[step.node], index[following.node]))
-        own = {step.node for step in steps}
+        kept = [(stream.root, index[stream.steps[0].node], forever)]
+        for step in stream.steps:
+            end = index[step.node]
+            for addend in step.addends:
+                if addend.kind != "value":
+                    kept.append((addend.node, end, forever))
+                    continue
+                if addend.node is stream.root:
+                    # What is filled in before the first step belongs to the root.
+                    continue
+                sides = (n for n in step.node.all_input_nodes if through_transparent(n) is addend.node)
+                kept += [(node, index[addend.node], end) for node in {addend.node, *sides}]
+        own = {step.node for step in stream.steps}
         for node, start, stop in kept:
             aliases = aliases_of(node)
             users = (user for alias in aliases for user in alias.users if user not in own)
@@ -337,83 +271,26 @@ class _Search:
         """Whether the branch that ``add`` adds is more than arithmetic, as in a rotary embedding."""
         value = self.values[add]
         start = self.index[value.root.node]
-        return any(
-            depends_on(step.operand, is_mixer, start, self.index)
-            for step in value.steps
-            if step.kind == "add" and isinstance(step.operand, Node)
-        )
-
-    def pieces(self, streams: list[ResidualStream]) -> list[Piece]:
-        """The streams, and the chains that are neither a part of one nor nested in a branch of one."""
-        pieces = []
-        for stream in streams:
-            values = [step.node for branch in stream.branches for step in branch.steps]
-            last = stream.branches[-1]
-            adds = [
-                stream.branches[0].adds[0].node,
-                *(branch.adds[-1].node for branch in stream.branches if branch.adds),
-            ]
-            pieces.append(_piece(adds, stream.root, values, {last.value, adds[-1]}, is_stream=True))
-        trees = {self._tree_of(stream) for stream in streams}
-        for end in self._ends():
-            chain = end.root.node, end.node, end.depth
-            if end.root in trees or any(self._nested(*chain, stream) for stream in streams):
-                continue
-            adds = [value.node for value in end.path()[1:]]
-            pieces.append(_piece(adds, end.root.node, adds, {end.node}, is_stream=False))
-        return pieces
-
-    def _stream(self, path: list[_Value]) -> ResidualStream | None:
-        steps = [step for value in path for step in value.steps]
-        steps += self._trailing_steps(path[-1], {step.node for step in steps})
-        on_path = {step.node for step in steps}
-        branches, pending = [], []
-        for step in steps:
-            pending.append(step)
-            if reads_of(step.node, on_path):
-                branches.append(Branch(tuple(pending)))
-                pending = []
-        root = path[0].node
-        while branches and not branches[0].adds:
-            # What is read scaled before the first add is where the stream begins.
-            root = branches.pop(0).value
-        if sum(bool(branch.adds) for branch in branches) < 2:
-            return None
-        owner, scope = _owner_and_scope([add.node for branch in branches for add in branch.adds])
-        return ResidualStream(owner, scope, root, tuple(branches), int(require_tensor(root).shape[-1]))
-
-    def _trailing_steps(self, last: _Value, on_path: set[Node]) -> list[Step]:
-        """Scales and biases after the last add, which the last read sees as earlier reads see theirs."""
-        steps: list[Step] = []
-        node = last.node
-        while True:
-            reads = reads_of(node, on_path)
-            found = self._linear_step(reads[0]) if len(reads) == 1 and reads[0] not in self.values else None
-            if (
-                found is None
-                or through_transparent(found[1]) is not node
-                or not self._independent(found[:1], last.root)
-            ):
-                return steps
-            node = reads[0]
-            steps.append(found[0])
+        outputs = value.step.outputs if value.step is not None else ()
+        return any(depends_on(output.node, is_mixer, start, self.index) for output in outputs)
 
     def _nested(self, root: Node, last: Node, adds: int, outer: ResidualStream) -> bool:
         """Whether the chain of adds from ``root`` to ``last`` is a part of what one branch of ``outer`` computes."""
-        branch = self._branch_around(last, outer) if self.index[root] >= self.index[outer.root] else None
-        if branch is None or root is outer.root or not self._computes_from(root, self._tree_of(outer)):
+        around = self._add_around(last, outer) if self.index[root] >= self.index[outer.root] else None
+        if around is None or root is outer.root or not self.found.computes_from(root, self._family_of(outer)):
             return False
         return not self._is_coupled(root, last, adds, outer)
 
-    def _branch_around(self, node: Node, outer: ResidualStream) -> int | None:
-        """The branch of ``outer`` that computes from ``node``, of those at its place in the graph."""
+    def _add_around(self, node: Node, outer: ResidualStream) -> Node | None:
+        """The next add of ``outer``, if what it adds computes from ``node``."""
         # What can be told by position goes first: a search between chains far apart crosses the whole graph.
         index = self.index
-        k = bisect.bisect_right(outer.branches, index[node], key=lambda branch: index[branch.value])
-        adds = (s for branch in itertools.islice(outer.branches, k, None) for s in branch.adds)
-        operand = next((s.operand for s in adds if index[s.node] > index[node]), None)
-        found = isinstance(operand, Node) and depends_on(operand, lambda other: other is node, index[node], index)
-        return k if found else None
+        k = bisect.bisect_right(outer.steps, index[node], key=lambda step: index[step.node])
+        step = next((step for step in itertools.islice(outer.steps, k, None) if step.outputs), None)
+        if step is None:
+            return None
+        found = any(depends_on(o.node, lambda n: n is node, index[node], index) for o in step.outputs)
+        return step.node if found else None
 
     def _is_coupled(self, root: Node, last: Node, adds: int, outer: ResidualStream) -> bool:
         """Whether a chain that begins in a branch of ``outer`` goes on after it, as a second stream does.
@@ -425,10 +302,11 @@ class _Search:
             return False
         if not same_shape(require_tensor(root), require_tensor(outer.root)):
             return False
-        begins = self._branch_around(root, outer)
-        if begins is None or not self._computes_from(root, self._tree_of(outer)):
+        begins = self._add_around(root, outer)
+        if begins is None or not self.found.computes_from(root, self._family_of(outer)):
             return False
-        return self.index[last] > self.index[outer.branches[begins].value]
+        read = next(branch.value for branch in outer.branches if any(s.node is begins for s in branch.steps))
+        return self.index[last] > self.index[read]
 
     def _coupled(self, streams: list[ResidualStream], pieces: list[Piece]) -> Iterator[Node]:
         """The root of every chain that goes on from one branch of a stream to the next."""
@@ -437,38 +315,13 @@ class _Search:
             if self._is_coupled(piece.root, last, len(piece.values), stream):
                 yield piece.root
 
-    def _tree_of(self, stream: ResidualStream) -> _Value:
-        return self.values[stream.branches[0].adds[0].node].root
-
-
-def _linear_source(node: Node) -> Node:
-    """What ``node`` is by nothing but scales, copies and a stop of gradients."""
-    while True:
-        *_, node = scaled_values(node)
-        if op_name(node) != "detach" or not isinstance(node.args[0], Node):
-            return node
-        node = node.args[0]
+    def _family_of(self, stream: ResidualStream) -> Value:
+        return self.values[stream.root]
 
 
 def _piece(adds: list[Node], root: Node, values: list[Node], ends: set[Node], *, is_stream: bool) -> Piece:
     first, last = module_path(adds[0]), module_path(adds[-1])
     return Piece(first, last, root, frozenset(values), frozenset(ends), is_stream)
-
-
-def reads_of(value: Node, on_path: set[Node]) -> list[Node]:
-    """The nodes that read the stream value, directly or behind transparent operations."""
-    pattern, reads, pending, seen = Transparent(), [], [value], {value}
-    while pending:
-        node = pending.pop()
-        for user in node.users:
-            if user in seen or user in on_path:
-                continue
-            seen.add(user)
-            if isinstance(pattern.match(user), Node):
-                pending.append(user)
-            elif carries_data(user) and op_name(user) not in SHAPE_ONLY:
-                reads.append(user)
-    return reads
 
 
 def _owner_and_scope(adds: list[Node]) -> tuple[str, str]:

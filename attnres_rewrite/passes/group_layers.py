@@ -33,7 +33,7 @@ class GroupLayers(Pass):
         else:
             sizes = partition_layers(
                 len(layers),
-                blocks=blocks if config.layers_per_block is None else None,  # type: ignore[arg-type]
+                blocks=None if config.layers_per_block is not None or isinstance(blocks, str) else blocks,
                 layers_per_block=config.layers_per_block,
             )
             block_of_layer = [block for block, size in enumerate(sizes) for _ in range(size)]
@@ -78,8 +78,7 @@ def _sublayer(stream: ResidualStream, branch: Branch) -> str | None:
 
     Where the children are kept as a list of lists, ``layers.0.attn``, the layer is ``layers.0``.
     """
-    values = {stream.root, *(branch.value for branch in stream.branches)}
-    pending = [add.operand for add in branch.adds[-1:] if isinstance(add.operand, Node)]
+    pending = [output.node for add in branch.adds[-1:] for output in add.outputs]
     seen = set(pending)
     while pending:
         node = pending.pop(0)
@@ -89,7 +88,7 @@ def _sublayer(stream: ResidualStream, branch: Branch) -> str | None:
             inside = child.removeprefix(stream.scope + ".").split(".")
             index = next((i for i, part in enumerate(inside) if part.isdigit()), len(inside))
             return ".".join([*filter(None, [stream.scope]), *inside[: index + 1]])
-        fresh = [n for n in data_inputs(node) if n not in seen and n not in values]
+        fresh = [n for n in data_inputs(node) if n not in seen and n not in stream.values]
         seen.update(fresh)
         pending.extend(fresh)
     return None
@@ -120,16 +119,15 @@ def _by_period(stream: ResidualStream) -> list[str]:
 
 def _period(stream: ResidualStream) -> int:
     """Length of the shortest sequence of sublayers that repeats; 1, where nothing does."""
-    values = {stream.root, *(branch.value for branch in stream.branches)}
-    signatures = [_signature(branch, values) for branch in stream.branches]
+    signatures = [_signature(branch, stream.values) for branch in stream.branches]
     count = len(signatures)
     return next((p for p in range(1, count) if all(signatures[i] == signatures[i % p] for i in range(count))), 1)
 
 
-def _signature(branch: Branch, values: set[Node]) -> tuple[str, ...]:
+def _signature(branch: Branch, values: frozenset[Node]) -> tuple[str, ...]:
     """The operators of a branch, in an order that depends on the graph's shape alone."""
-    operands = [add.operand for add in branch.adds if isinstance(add.operand, Node)]
-    seen, names, pending = set(operands), [], operands
+    pending = [output.node for add in branch.adds for output in add.outputs]
+    seen, names = set(pending), []
     while pending:
         node = pending.pop()
         names.append(op_name(node) if node.op != "call_module" else "call_module")

@@ -1,18 +1,19 @@
-"""Pass 5: the sums per block, one AttnRes node per site, the old adds gone."""
+"""Pass 6: one sum per block, one AttnRes node per site, the old adds gone."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite import _compat
 from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.graph import GraphBuilder, op_name, require_tensor, same_shape, tensor_of
+from attnres_rewrite.graph import GraphBuilder, require_tensor, same_shape, tensor_of
 from attnres_rewrite.passes.base import Pass
-from attnres_rewrite.patterns import Transparent
+from attnres_rewrite.passes.parts import Part, PartWriter
+from attnres_rewrite.patterns import Transparent, reads_of
 from attnres_rewrite.streams import Branch, Step, StreamPlan
 
 aten = torch.ops.aten
@@ -34,15 +35,14 @@ class Site:
         node: The ``block_attn_res`` node, or the ``merge_partial`` node after the pass ``schedule_reads``.
         read: What is read in place of the stream value: ``node``, or a cast or view of it.
         sources: The nodes it attends over.
-        parts: For every source, which terms it sums: 0 is the root b_0, k the k-th branch output f_k. A block is a
-            run of branch outputs, so a range says it.
-        has_partial: Whether the last source is the partial of a block that is not complete.
+        parts: For every source, which part of the stream value it is: 0 the root's, n that of block n.
+        has_partial: Whether the last source is the part of a block that is not complete.
     """
 
     node: Node
     read: Node
     sources: tuple[Node, ...]
-    parts: tuple[range, ...]
+    parts: tuple[int, ...]
     has_partial: bool
 
 
@@ -54,9 +54,9 @@ class InsertAttnRes(Pass):
         x_k ──► (+) ──► x_{k+1} ──► reads        f_k ──► (+) ──► partial ─┐
         f_k ─────┘                               b_0 ... b_{n-1} ─────────┴─► block_attn_res ──► reads
 
-    The sources of a site are b_0, the complete blocks, and the partial unless it is empty: disjoint
-    sums whose total is the old stream value (paper, Block AttnRes). A scale of the stream is applied
-    to every source, over which it distributes; a bias joins the partial.
+    The sources of a site are the parts of the stream value that are not empty: that of the root, b_0, and the sums of
+    the blocks (paper, Block AttnRes). They are disjoint, and their total is the old value. A scale of the stream, or a
+    sum of two of its values, acts part by part; a branch output or a bias joins the part of the block in progress.
     """
 
     def call(
@@ -69,11 +69,17 @@ class InsertAttnRes(Pass):
         """Rewrite the stream of ``plan`` in place; ``parameters`` has one entry a site."""
         assert len(parameters) == len(plan.stream.branches)
         writer = _Writer(module, plan, config)
-        sites = [writer.branch(k, parameters[k]) for k in range(len(parameters))]
+        site_of = {branch.value: k for k, branch in enumerate(plan.stream.branches)}
+        sites: dict[int, Site] = {}
+        for step in plan.stream.steps:
+            with module.graph.inserting_before(step.node):
+                writer.step(step)
+                if (k := site_of.get(step.node)) is not None:
+                    sites[k] = writer.site(plan.stream.branches[k], plan.block_of[k], parameters[k])
         writer.remove_old_steps()
         module.graph.lint()
         module.recompile()
-        return sites
+        return [sites[k] for k in range(len(parameters))]
 
     def summary(self, result: list[Site]) -> str:
         """Counts for the log."""
@@ -81,70 +87,58 @@ class InsertAttnRes(Pass):
 
 
 class _Writer:
-    """The sources as they stand while the stream is walked from its root to its end."""
+    """The parts of every stream value, while the stream is walked from its root to its end."""
 
     def __init__(self, module: GraphModule, plan: StreamPlan, config: AttnResConfig) -> None:
         self.plan, self.config = plan, config
         self.graph, self.build = module.graph, GraphBuilder(module)
-        self.blocks: list[Node] = [plan.stream.root]
-        self.parts = [range(1)]
-        self.partial: Node | None = None
-        self.partial_parts = range(1, 1)
+        self.arithmetic = PartWriter(self.build, plan.stream.root)
+        self.parts: dict[Node, Mapping[int, Part]] = {plan.stream.root: {0: self.arithmetic.term(plan.stream.root)}}
+        # After the last branch of a block, the block is complete.
+        self.last_of_block = dict(zip(plan.block_of, plan.stream.branches, strict=True))
 
-    def branch(self, k: int, parameters: SiteParameters) -> Site:
-        branch = self.plan.stream.branches[k]
-        for step in branch.steps:
-            with self.graph.inserting_before(step.node):
-                {"add": self._add, "scale": self._scale, "bias": self._bias}[step.kind](step)
-        if branch.adds:
-            self.partial_parts = range(self.partial_parts.start, self.partial_parts.stop + 1)
-        last_of_block = k + 1 == len(self.plan.block_of) or self.plan.block_of[k + 1] != self.plan.block_of[k]
-        if last_of_block:
-            assert self.partial is not None
-            self.blocks.append(self.partial)
-            self.parts.append(self.partial_parts)
-            self.partial, self.partial_parts = None, range(self.partial_parts.stop, self.partial_parts.stop)
-        with self.graph.inserting_before(branch.value):
-            return self._site(branch, parameters)
+    def step(self, step: Step) -> None:
+        """The parts of the value of ``step`` from those of the values before."""
+        summed: dict[int, Part] = {}
+        for addend in step.addends:
+            if addend.kind == "value":
+                new = {n: self.arithmetic.scaled(part, addend.factor) for n, part in self.parts[addend.node].items()}
+            else:
+                new = {self.plan.part_of(step, addend): self._term(addend.node, step)}
+                if addend.kind == "branch":
+                    self.parts.setdefault(addend.node, new)
+                new = {n: self.arithmetic.scaled(term, addend.factor) for n, term in new.items()}
+            for n, part in new.items():
+                summed[n] = self.arithmetic.total(summed[n], part, like=step.node) if n in summed else part
+        if step.scale is not None:
+            summed = {n: self._scaled(part, step) for n, part in summed.items()}
+        self.parts[step.node] = summed
 
-    def _add(self, step: Step) -> None:
-        assert isinstance(step.operand, Node)
-        term = self._like(step.operand, step.node, self.plan.stream.root)
-        if step.alpha != 1.0:
-            term = self.build.call(aten.mul.Tensor, term, step.alpha, like=step.node)
-        if self.partial is not None:
-            term = self.build.call(aten.add.Tensor, self.partial, term, like=step.node)
-        self.partial = term
-
-    def _scale(self, step: Step) -> None:
-        self.blocks = [self._scaled(step, block) for block in self.blocks]
-        if self.partial is not None:
-            self.partial = self._scaled(step, self.partial)
-
-    def _bias(self, step: Step) -> None:
-        assert isinstance(step.operand, Node)
-        bias = step.operand
-        if require_tensor(bias).dim() > 1:
+    def _term(self, operand: Node, step: Step) -> Part:
+        """A branch output, or a bias in a shape that every part can be added to."""
+        value = require_tensor(operand)
+        if value.dim() <= 1:
             # A vector fits any shape of the stream; anything else has the shape that it has here.
-            if not same_shape(require_tensor(bias), require_tensor(step.node)):
-                bias = self.build.call(aten.expand_as.default, bias, _stream_operand(step), like=step.node)
-            bias = self._like(bias, step.node, self.plan.stream.root)
-        self.partial = (
-            bias if self.partial is None else self.build.call(aten.add.Tensor, self.partial, bias, like=step.node)
-        )
+            return self.arithmetic.term(operand)
+        if not same_shape(value, require_tensor(step.node)):
+            operand = self.build.call(aten.expand_as.default, operand, _stream_operand(step), like=step.node)
+        return self.arithmetic.term(self._like(operand, step.node, self.plan.stream.root))
 
-    def _scaled(self, step: Step, source: Node) -> Node:
-        op = aten.div.Tensor if "div" in op_name(step.node) else aten.mul.Tensor
+    def _scaled(self, part: Part, step: Step) -> Part:
+        assert step.scale is not None
+        if require_tensor(step.scale).dim() <= 1:
+            return self.arithmetic.scaled_by(part, step.scale, divides=step.divides, like=step.node)
         # A factor that is neither a number nor a vector fits the shape that the stream has here.
-        fits_any = not isinstance(step.operand, Node) or require_tensor(step.operand).dim() <= 1
-        at_hand = source if fits_any else self._viewed(source, _stream_operand(step), like=step.node)
-        return self._viewed(self.build.call(op, at_hand, step.operand, like=step.node), source, like=step.node)
+        op = aten.div.Tensor if step.divides else aten.mul.Tensor
+        source = self.arithmetic.tensor(part, like=step.node)
+        at_hand = self._viewed(source, _stream_operand(step), like=step.node)
+        node = self.build.call(op, at_hand, step.scale, like=step.node)
+        return self.arithmetic.term(self._viewed(node, source, like=step.node))
 
-    def _site(self, branch: Branch, parameters: SiteParameters) -> Site:
-        sources, parts = list(self.blocks), list(self.parts)
-        if self.partial is not None:
-            sources.append(self.partial)
-            parts.append(self.partial_parts)
+    def site(self, branch: Branch, block: int, parameters: SiteParameters) -> Site:
+        """Put a site in the place of the value of ``branch``, the last of which is in ``block``."""
+        parts = sorted(self.parts[branch.value].items())
+        sources = [self.arithmetic.tensor(part, like=branch.value) for _, part in parts]
         node = self.build.call(
             torch.ops.attnres.block_attn_res.default,
             sources,
@@ -163,7 +157,7 @@ class _Writer:
             node.replace_all_uses_with(shaped, delete_user_cb=lambda user: user not in _chain(shaped, node))
         for new in {node, shaped}:
             _compat.move_to_region(new, region)
-        return Site(node, shaped, tuple(sources), tuple(parts), self.partial is not None)
+        return Site(node, shaped, tuple(sources), tuple(n for n, _ in parts), branch is not self.last_of_block[block])
 
     def _like(self, node: Node, dtype_of: Node, shape_of: Node) -> Node:
         """``node`` in the dtype of one node and the shape of another, with ops only where they differ."""
@@ -179,9 +173,14 @@ class _Writer:
         return self.build.call(aten.view_as.default, node, shape_of, like=like)
 
     def remove_old_steps(self) -> None:
-        """Erase the old steps, last first; by then nothing computes from them but size queries."""
-        for step in reversed([step for branch in self.plan.stream.branches for step in branch.steps]):
+        """Erase the old steps, last first; by then nothing computes from them but size queries.
+
+        A value of the root's part alone stays where something reads it: it has one source, and no site.
+        """
+        for step in reversed(self.plan.stream.steps):
             inputs = step.node.all_input_nodes
+            if self.plan.block_of_step[step.node] == 0 and reads_of(step.node):
+                continue
             if step.node.users:
                 step.node.replace_all_uses_with(_stream_operand(step))
             self.graph.erase_node(step.node)

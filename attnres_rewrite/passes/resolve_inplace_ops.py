@@ -1,45 +1,32 @@
-"""Pass 2: in-place adds and scales become out-of-place ones."""
+"""Pass 2: operations in place become ordinary ones."""
 
 from __future__ import annotations
 
-import functools
+import copy
 import operator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite.graph import (
-    ALIASING,
+    FRESH,
     GraphBuilder,
     indices,
     is_float_tensor,
-    memory_base,
     op_name,
     require_tensor,
     same_shape,
+    submodule_of,
+    tensor_of,
 )
+from attnres_rewrite.memory import aliases_of, in_place_argument, overwritten_by
 from attnres_rewrite.passes.base import Pass, PostconditionError
-
-_OUT_OF_PLACE: dict[object, object] = {
-    operator.iadd: operator.add,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    torch.ops.aten.add_.Tensor: torch.ops.aten.add.Tensor,
-    torch.ops.aten.mul_.Tensor: torch.ops.aten.mul.Tensor,
-    torch.ops.aten.mul_.Scalar: torch.ops.aten.mul.Scalar,
-    torch.ops.aten.div_.Tensor: torch.ops.aten.div.Tensor,
-    torch.ops.aten.div_.Scalar: torch.ops.aten.div.Scalar,
-    "add_": "add",
-    "__iadd__": "add",
-    "mul_": "mul",
-    "__imul__": "mul",
-    "div_": "div",
-    "__itruediv__": "div",
-}
 
 
 class ResolveInplaceOps(Pass):
-    """Make ``x += f`` the ordinary ``x' = x + f``, with later uses of ``x`` reading ``x'``; ``x *= c`` likewise.
+    """Make ``x += f`` the ordinary ``x' = x + f``, with later uses of ``x`` reading ``x'``; ``relu_(x)`` likewise.
 
     ::
 
@@ -52,14 +39,17 @@ class ResolveInplaceOps(Pass):
     """
 
     def call(self, module: GraphModule) -> int:
-        """Rewrite all in-place adds and scales that overwrite an intermediate; returns how many."""
+        """Rewrite all in-place operations that overwrite an intermediate; returns how many."""
         count = 0
-        index = indices(module.graph)
+        index, build = indices(module.graph), GraphBuilder(module)
         for node in list(module.graph.nodes):
             overwritten = _overwritten(node)
             if overwritten is None or _is_shared(overwritten, node, index):
                 continue
-            result = _set_out_of_place(module, node, overwritten)
+            if not _set_out_of_place(module, node):
+                continue
+            node.meta[FRESH] = True
+            result = _in_dtype_of(overwritten, node, build)
             for user in list(overwritten.users):
                 if index.get(user, 0) > index[node]:
                     user.replace_input_with(overwritten, result)
@@ -77,42 +67,99 @@ class ResolveInplaceOps(Pass):
 
 
 def _overwritten(node: Node) -> Node | None:
-    """What ``node`` adds to or scales in place."""
-    if node.op not in ("call_function", "call_method") or node.target not in _OUT_OF_PLACE:
+    """What ``node`` overwrites as a whole, and returns."""
+    target = overwritten_by(node)
+    if target is None or not (is_float_tensor(target) and is_float_tensor(node)):
         return None
-    if not all(is_float_tensor(operand) for operand in node.all_input_nodes) or not node.args:
-        return None
-    target = node.args[0]
-    return target if isinstance(target, Node) and same_shape(require_tensor(target), require_tensor(node)) else None
+    return target if same_shape(require_tensor(target), require_tensor(node)) else None
 
 
-def _is_shared(value: Node, add: Node, index: dict[Node, int]) -> bool:
-    """Whether something that may share memory with ``value`` is used after ``add``, under a name of its own."""
-    base = memory_base(value)
-    if base.op in ("placeholder", "get_attr"):
-        return True
-    pending, seen = [base], {base}
-    while pending:
-        alias = pending.pop()
-        for user in alias.users:
-            if alias is not value and user is not add and index[user] > index[add]:
-                return True
-            if user is not add and op_name(user) in ALIASING and user not in seen and index[user] < index[add]:
-                seen.add(user)
-                pending.append(user)
+def _is_shared(value: Node, write: Node, index: dict[Node, int]) -> bool:
+    """Whether something that may share memory with ``value`` is used after ``write``, under a name of its own."""
+    for alias in aliases_of(value, lambda other: index.get(other, 0) < index[write]):
+        if alias.op in ("placeholder", "get_attr"):
+            return True
+        if alias is not value and any(user is not write and index[user] > index[write] for user in alias.users):
+            return True
     return False
 
 
-def _set_out_of_place(module: GraphModule, node: Node, overwritten: Node) -> Node:
-    """Make ``node`` an ordinary operation; returns the node of its result in the dtype of ``overwritten``."""
-    node.target = _OUT_OF_PLACE[node.target]  # type: ignore[assignment]
-    dtypes = [require_tensor(operand).dtype for operand in node.all_input_nodes]
-    wide, dtype = functools.reduce(torch.promote_types, dtypes), require_tensor(overwritten).dtype
+def _set_out_of_place(module: GraphModule, node: Node) -> bool:
+    """Make ``node`` an ordinary operation with the same arguments, if there is one."""
+    if node.op == "call_module":
+        return _copy_module(module, node)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return _set_overload(node)
+    if "out" in node.kwargs:
+        node.kwargs = {key: value for key, value in node.kwargs.items() if key != "out"}
+        return True
+    if (bound := in_place_argument(node)) is not None:
+        bound.arguments["inplace"] = False
+        node.args, node.kwargs = bound.args, bound.kwargs
+        return True
+    name = op_name(node)
+    if node.op == "call_method":
+        plain = name.strip("_").removeprefix("i") if name.startswith("__i") else name.removesuffix("_")
+        found: Any = plain if callable(getattr(torch.Tensor, plain, None)) else None
+    else:
+        found = _out_of_place_function(node.target, name)
+    if found is None:
+        return False
+    node.target = found
+    return True
+
+
+def _out_of_place_function(target: object, name: str) -> Callable[..., Any] | None:
+    """``operator.add`` for ``operator.iadd``, ``torch.relu`` for ``torch.relu_``."""
+    if getattr(operator, name, None) is target:
+        return getattr(operator, name.removeprefix("i"), None)
+    found = getattr(torch, name.removesuffix("_"), None) or getattr(torch.nn.functional, name.removesuffix("_"), None)
+    return found if callable(found) else None
+
+
+def _set_overload(node: Node) -> bool:
+    """The overload with the same arguments of the operator without the underscore, or without ``out``."""
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    namespace, name = getattr(torch.ops, target.namespace), op_name(node)
+    packet = getattr(namespace, name.removesuffix("_"), None)
+    outs = [argument.name for argument in target._schema.arguments if argument.is_out]
+    wanted = [str(a.type) for a in target._schema.arguments if not a.is_out]
+    for overload in packet.overloads() if packet is not None else ():
+        found = getattr(packet, overload)
+        if [str(a.type) for a in found._schema.arguments] == wanted and not any(map(_writes, found._schema.arguments)):
+            node.target = found
+            node.kwargs = {key: value for key, value in node.kwargs.items() if key not in outs}
+            return True
+    return False
+
+
+def _writes(argument: Any) -> bool:
+    return argument.alias_info is not None and bool(argument.alias_info.is_write)
+
+
+def _copy_module(module: GraphModule, node: Node) -> bool:
+    """Call a copy of the module, which works out of place; the module itself may be the user's."""
+    plain: Any = copy.copy(submodule_of(node))
+    plain.inplace = False
+    path = f"{node.target}_out_of_place"
+    module.add_submodule(path, plain)
+    node.target = path
+    return True
+
+
+def _in_dtype_of(overwritten: Node, node: Node, build: GraphBuilder) -> Node:
+    """The node of the result of ``node`` in the dtype of ``overwritten``.
+
+    In place, the dtype of what is overwritten stays; an ordinary operation promotes.
+    """
+    dtypes = [value.dtype for n in node.all_input_nodes if (value := tensor_of(n)) is not None and value.dim() > 0]
+    wide, dtype = require_tensor(overwritten).dtype, require_tensor(overwritten).dtype
+    for other in dtypes:
+        wide = torch.promote_types(wide, other)
     if wide == dtype:
         return node
-    # In place, the dtype of what is overwritten stays; an ordinary operation promotes.
-    with module.graph.inserting_after(node):
-        build = GraphBuilder(module)
+    with build.graph.inserting_after(node):
         users = list(node.users)
         build.retype(node, wide)
         cast = build.call(torch.ops.aten.to.dtype, node, dtype, like=node)

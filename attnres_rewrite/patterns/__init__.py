@@ -6,20 +6,18 @@ reason and the culprit.
 """
 
 from attnres_rewrite.patterns.base import Pattern, Rejection
-from attnres_rewrite.patterns.residual_add import AddMatch, ResidualAdd
-from attnres_rewrite.patterns.stream_bias import BiasMatch, StreamBias
+from attnres_rewrite.patterns.linear_sum import LinearSum, SumMatch
 from attnres_rewrite.patterns.stream_scale import ScaleMatch, StreamScale
-from attnres_rewrite.patterns.transparent import Transparent, through_transparent
+from attnres_rewrite.patterns.transparent import Transparent, reads_of, through_transparent
 
 __all__ = [
-    "AddMatch",
-    "BiasMatch",
+    "LinearSum",
     "Pattern",
     "Rejection",
-    "ResidualAdd",
     "ScaleMatch",
-    "StreamBias",
     "StreamScale",
+    "SumMatch",
     "Transparent",
+    "reads_of",
     "through_transparent",
 ]

@@ -10,15 +10,26 @@ from collections.abc import Container, Sequence
 from torch import nn
 from torch.fx import Node
 
-from attnres_rewrite.graph import data_inputs, depends_on, is_float_tensor, op_name, require_tensor, submodule_of
+from attnres_rewrite.graph import (
+    data_inputs,
+    depends_on,
+    is_float_tensor,
+    op_name,
+    require_tensor,
+    same_shape,
+    submodule_of,
+)
 from attnres_rewrite.patterns.base import Rejection
-from attnres_rewrite.patterns.residual_add import ResidualAdd
+from attnres_rewrite.patterns.linear_sum import LinearSum
 from attnres_rewrite.patterns.stream_scale import scaled_values
 from attnres_rewrite.patterns.transparent import through_transparent
 
 _NORMS = frozenset("layer_norm rms_norm native_layer_norm group_norm batch_norm rsqrt std var".split())
 _MIXERS = frozenset(
-    ("linear matmul bmm mm addmm einsum conv1d conv2d conv3d embedding scaled_dot_product_attention baddbmm").split()
+    (
+        "linear matmul bmm mm addmm einsum conv1d conv2d conv3d embedding scaled_dot_product_attention baddbmm "
+        "multi_head_attention_forward"
+    ).split()
 )
 # The same as modules, in a graph that calls these.
 _MIXING_MODULES = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.MultiheadAttention)
@@ -26,6 +37,10 @@ _MIXING_MODULES = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.Multihea
 TRANSFORMED = (
     "the residual stream is changed between its adds by something that is no scale, so it is not a sum of branch "
     "outputs and Attention Residuals are not defined for it"
+)
+DROPPED = (
+    "dropout on the residual stream itself, so the stream is not a sum of branch outputs in training and Attention "
+    "Residuals are not defined for it. Drop out what is added; in a graph that is never trained, set its p to zero"
 )
 POST_NORM = (
     "post-norm: a norm sits on the residual stream itself, so the stream is not a sum of branch "
@@ -204,12 +219,25 @@ def is_mixer(node: Node) -> bool:
     return op_name(node) in _MIXERS or isinstance(submodule_of(node), _MIXING_MODULES)
 
 
+def is_convolution(node: Node) -> bool:
+    """Whether ``node`` is a mixer whose channels are not the last dimension."""
+    return op_name(node).startswith("conv") or isinstance(submodule_of(node), nn.modules.conv._ConvNd)
+
+
+def is_dropout(node: Node) -> bool:
+    """Whether ``node`` drops out, now or in training."""
+    return op_name(node) == "dropout" or isinstance(submodule_of(node), nn.Dropout)
+
+
 def _both_ways(add: Node) -> tuple[tuple[Node, Node], ...]:
-    """The operands of an add of two tensors of one shape, in either order."""
-    match = ResidualAdd().match(add)
-    if isinstance(match, Rejection):
+    """The operands of a sum of two tensors of one shape, in either order."""
+    match = LinearSum().match(add)
+    if isinstance(match, Rejection) or len(match.addends) != 2:
         return ()
-    return (match.left, match.right), (match.right, match.left)
+    (left, _), (right, _) = match.addends
+    if not same_shape(require_tensor(left), require_tensor(right)):
+        return ()
+    return (left, right), (right, left)
 
 
 def _is_wide(source: Node, mixed: Node) -> bool:
@@ -252,7 +280,7 @@ def explain_refusals(pieces: Sequence[Piece], rejected: Sequence[Node], index: d
             # A norm between two towers is the first one's last.
             norms = [c.norm for c in found if c.norm is not None and piece_of[c.end].may_go_on_in(piece)]
         elif not norms:
-            transformed.append(Rejection(TRANSFORMED, piece.root))
+            transformed.append(Rejection(DROPPED if is_dropout(piece.root) else TRANSFORMED, piece.root))
         # On some way there may be no norm, where one is written by hand: x * rsqrt(...).
         post_norm += [Rejection(POST_NORM, norm) for norm in norms[:1]]
 

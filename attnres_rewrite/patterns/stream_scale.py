@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Iterator
+from typing import TypeGuard
 
 import torch
 from torch.fx import Node
@@ -13,20 +14,35 @@ from attnres_rewrite.graph import is_float_tensor, require_tensor, same_shape, t
 from attnres_rewrite.patterns.base import Rejection
 from attnres_rewrite.patterns.transparent import through_transparent
 
-_MUL = frozenset({operator.mul, operator.imul, torch.mul, torch.ops.aten.mul.Tensor, torch.ops.aten.mul.Scalar})
-_DIV = frozenset({operator.truediv, torch.div, torch.ops.aten.div.Tensor, torch.ops.aten.div.Scalar})
+aten = torch.ops.aten
+
+_MULTIPLICATIONS = frozenset(
+    {operator.mul, operator.imul, torch.mul, torch.multiply}
+    | {aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor, aten.multiply.Scalar}
+    | {"mul", "multiply", "__mul__", "__rmul__"}
+)
+_DIVISIONS = frozenset(
+    {operator.truediv, torch.div, torch.divide, torch.true_divide}
+    | {aten.div.Tensor, aten.div.Scalar, aten.divide.Tensor, aten.divide.Scalar}
+    | {aten.true_divide.Tensor, aten.true_divide.Scalar}
+    | {"div", "divide", "true_divide", "__truediv__"}
+)
+_NEGATIONS = frozenset(
+    {operator.neg, torch.neg, torch.negative, aten.neg.default, aten.negative.default} | {"neg", "negative", "__neg__"}
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class ScaleMatch:
-    """The scaled tensor, and the factor or divisor."""
+    """The scaled tensor, and the factor: a number, a tensor, or a tensor that it is divided by."""
 
     source: Node
     factor: Node | float
+    divides: bool = False
 
 
 class StreamScale:
-    """Multiplication or division by a number, a parameter, or anything else that is not the stream.
+    """Multiplication or division by a number, a parameter, or anything else that is not the stream; negation.
 
     ::
 
@@ -40,24 +56,37 @@ class StreamScale:
 
     def match(self, node: Node) -> ScaleMatch | Rejection:
         """The operands of the scaling ``node``, the one with the node's own shape first."""
-        multiplies = node.target in _MUL or node.target in ("mul", "__mul__", "__rmul__")
-        divides = node.target in _DIV or node.target in ("div", "__truediv__")
-        if node.op not in ("call_function", "call_method") or not (multiplies or divides):
-            return Rejection("not a multiplication or division", node)
-        if len(node.args) != 2 or node.kwargs or not is_float_tensor(node):
-            return Rejection("not a plain multiplication of float tensors", node)
+        if node.op not in ("call_function", "call_method") or node.kwargs or not is_float_tensor(node):
+            return Rejection("not a plain operation of float tensors", node)
+        if node.target in _NEGATIONS:
+            return ScaleMatch(node.args[0], -1.0) if is_float_tensor(node.args[0]) else Rejection("no float", node)  # type: ignore[arg-type]
+        divides = node.target in _DIVISIONS
+        if not (divides or node.target in _MULTIPLICATIONS) or len(node.args) != 2:
+            return Rejection("not a multiplication, division or negation", node)
         left, right = node.args
-        for source, factor in ((left, right), (right, left)) if multiplies else ((left, right),):
-            if not (isinstance(source, Node) and is_float_tensor(source)):
-                continue
-            if not isinstance(factor, (int, float, Node)):
-                continue
-            if isinstance(factor, Node) and tensor_of(factor) is None:
-                continue
-            before, after = require_tensor(source), require_tensor(node)
-            if same_shape(before, after) and not _as_wide(factor, after):
-                return ScaleMatch(source, factor)
+        for source, factor in ((left, right),) if divides else ((left, right), (right, left)):
+            if isinstance(source, Node) and is_float_tensor(source) and _is_factor(factor, divides):
+                before, after = require_tensor(source), require_tensor(node)
+                if same_shape(before, after) and not _as_wide(factor, after):
+                    return _scaled_by(source, factor, divides)
         return Rejection("no operand has the shape of the result", node)
+
+
+def _is_factor(factor: object, divides: bool) -> TypeGuard[Node | float]:
+    if isinstance(factor, (int, float)):
+        return bool(factor) or not divides
+    return tensor_of(factor) is not None
+
+
+def _scaled_by(source: Node, factor: Node | float, divides: bool) -> ScaleMatch:
+    if isinstance(factor, Node):
+        return ScaleMatch(source, factor, divides)
+    return ScaleMatch(source, 1.0 / factor if divides else float(factor))
+
+
+def is_product(node: Node) -> bool:
+    """Whether ``node`` multiplies or divides, in whatever spelling."""
+    return node.op in ("call_function", "call_method") and node.target in _MULTIPLICATIONS | _DIVISIONS
 
 
 def scaled_values(node: Node) -> Iterator[Node]:

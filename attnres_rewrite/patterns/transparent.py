@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from torch import nn
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from attnres_rewrite.graph import is_float_tensor, op_name, require_tensor, same_shape, submodule_of
+from attnres_rewrite.graph import (
+    SHAPE_ONLY,
+    carries_data,
+    is_float_tensor,
+    op_name,
+    require_tensor,
+    same_shape,
+    submodule_of,
+)
 from attnres_rewrite.patterns.base import Rejection
-from attnres_rewrite.patterns.residual_add import is_add
+from attnres_rewrite.patterns.linear_sum import is_add
 
 _CASTS = frozenset("to float double half bfloat16 type_as _to_copy convert_element_type".split())
 _COPIES = frozenset("contiguous alias clone lift_fresh_copy identity".split())
@@ -62,7 +72,8 @@ def _copied_or_viewed(node: Node) -> Node | None:
 def _unchanged(node: Node) -> Node | None:
     """What an operation that does nothing here is applied to: zero added, a dropout that drops nothing."""
     module = submodule_of(node)
-    if isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and not (module.training and module.p)):
+    # A graph that calls modules may be trained later: a dropout that is off for now is not nothing.
+    if isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and not module.p):
         return node.args[0] if isinstance(node.args[0], Node) else None
     if is_add(node) and len(node.args) == 2 and not node.kwargs and 0 in node.args:
         return next((operand for operand in node.args if isinstance(operand, Node)), None)
@@ -78,6 +89,22 @@ def through_transparent(node: Node) -> Node:
     while isinstance(source := _TRANSPARENT.match(node), Node):
         node = source
     return node
+
+
+def reads_of(value: Node, on_stream: Container[Node] = ()) -> list[Node]:
+    """The nodes that read the stream value, directly or behind transparent operations, but for those on the stream."""
+    reads, pending, seen = [], [value], {value}
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user in seen or user in on_stream:
+                continue
+            seen.add(user)
+            if isinstance(_TRANSPARENT.match(user), Node):
+                pending.append(user)
+            elif carries_data(user) and op_name(user) not in SHAPE_ONLY:
+                reads.append(user)
+    return reads
 
 
 _TRANSPARENT = Transparent()

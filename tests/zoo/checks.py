@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 import attnres_rewrite as ar
 from attnres_rewrite import _compat, api, pipeline
-from attnres_rewrite.capture import example_call
+from attnres_rewrite.inputs import example_call
 from attnres_rewrite.pipeline import Analysis
 from zoo.member import Accepted, Inputs, Member, Refused, Unbuildable
 
@@ -86,7 +86,8 @@ def check_accepted(member: Member, expected: Accepted) -> None:
     # What rewrite() found, without the time that explain() would take to find it again; and without its rehearsal of
     # the first call, which is made below in any case.
     with mock.patch.object(api, "analyse", analyse), mock.patch.object(api, "_rehearse"):
-        config = dataclasses.replace(CONFIG, streams=tuple(expected.streams)) if expected.named else CONFIG
+        streams = tuple(expected.streams) if expected.named else None
+        config = dataclasses.replace(CONFIG, streams=streams, leftovers=expected.leftovers)
         assert ar.rewrite(rewritten, config=config, example_inputs=inputs, backend=recorder) is rewritten
     check_structure(analyses[0], expected)
     # Now, so that the graph for training, of which one size is enough, is traced with fixed sizes.

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 import x_transformers as xt
+from diffusers.pipelines.deprecated.unidiffuser.modeling_uvit import UTransformer2DModel
 from torch import nn
 
 import attnres_rewrite as ar
@@ -28,6 +29,10 @@ def fields(text: str) -> dict[str, Any]:
 
 def no_stream(reason: str, line: str) -> Refused:
     return Refused(reason, "no residual stream was found", line, ar.NoResidualStreamError)
+
+
+def over_depth(line: str) -> Refused:
+    return Refused("attention over depth", "the model attends over depth already", line)
 
 
 def hyper_connections(line: str) -> Refused:
@@ -102,7 +107,7 @@ X_TRANSFORMERS = [
     decoder("value residual", SUBLAYERS, "add_value_residual=True"),
     decoder("residual attention", SUBLAYERS, "residual_attn=True"),
     decoder("reinjected input", SUBLAYERS, "reinject_input=True"),
-    decoder("integrated layers", SUBLAYERS, "integrate_layers=True"),
+    decoder("integrated layers", over_depth("out = einsum('l b n d, v b n l -> v b n d'"), "integrate_layers=True"),
     # The embedding is the sum of itself and of itself detached, which is no residual add.
     decoder("fraction of the embedding's gradient", SUBLAYERS, "", "emb_frac_gradient=0.5"),
     decoder("macaron", Accepted({"attn_layers": 12}, layers=12), "macaron=True"),
@@ -252,7 +257,9 @@ LATENT, PROMPT = {"hidden_states": (4, 8, 8)}, {"encoder_hidden_states": (7, 32)
 POOLED, GRID = {"pooled_projections": (16,)}, {"img_shapes": lambda batch: [(1, 4, 4)] * batch}
 
 
-def denoiser(name: str, kind: str, outcome: Outcome, shapes: dict[str, Any], options: str, **common: Any) -> Member:
+def denoiser(
+    name: str, kind: str | type[nn.Module], outcome: Outcome, shapes: dict[str, Any], options: str, **common: Any
+) -> Member:
     """A model of noisy latents; a tuple is the shape of an input but for the batch, a function makes it for a batch."""
 
     def of_batch(value: Any, batch: int) -> Any:
@@ -265,13 +272,32 @@ def denoiser(name: str, kind: str, outcome: Outcome, shapes: dict[str, Any], opt
         return {"timestep": torch.full((batch,), 5), "return_dict": False, **given}
 
     def make() -> nn.Module:
-        model: nn.Module = getattr(diffusers, kind)(**{**common, **fields(options)})
-        return model
+        made: type[nn.Module] = getattr(diffusers, kind) if isinstance(kind, str) else kind
+        return made(**{**common, **fields(options)})
 
     return Member(f"diffusers {name}", "diffusers", make, inputs, outcome)
 
 
-UNET = "sample_size=16, block_out_channels=(32, 64), layers_per_block=2, norm_num_groups=8, attention_head_dim=16, "
+UNET = (
+    "sample_size=16, block_out_channels=(32, 64), layers_per_block=2, norm_num_groups=8, attention_head_dim=16, "
+    "down_block_types=('DownBlock2D', 'AttnDownBlock2D'), up_block_types=('AttnUpBlock2D', 'UpBlock2D')"
+)
+HUNYUAN = (
+    "num_attention_heads=4, attention_head_dim=16, in_channels=4, patch_size=2, sample_size=8, hidden_size=64, "
+    "num_layers=8, mlp_ratio=2.0, cross_attention_dim=32, cross_attention_dim_t5=24, pooled_projection_dim=16, "
+    "text_len=7, text_len_t5=5, use_style_cond_and_image_meta_size=False"
+)
+HUNYUAN_INPUTS = (
+    LATENT
+    | PROMPT
+    | {
+        "timestep": lambda batch: torch.full((batch,), 5.0),
+        "text_embedding_mask": lambda batch: torch.ones(batch, 7, dtype=torch.long),
+        "encoder_hidden_states_t5": (5, 24),
+        "text_embedding_mask_t5": lambda batch: torch.ones(batch, 5, dtype=torch.long),
+        "image_rotary_emb": lambda batch: (noise(16, 16), noise(16, 16)),
+    }
+)
 # fmt: off
 DIFFUSERS = [
     denoiser(
@@ -336,10 +362,30 @@ DIFFUSERS = [
         "axes_dims_rope=(4, 6, 6)",
         **HEADS
     ),
+    # What is behind a skip is a stream anew, in the attention of one block a single add.
+    denoiser(
+        "UNet", "UNet2DModel",
+        Refused("cut by projections", "a sublayer would stay plain", "output_tensor = (input_tensor + hidden_states)"),
+        {"sample": (3, 16, 16)}, UNET
+    ),
     # Residual blocks that keep the width: two of the first level, those of the second and of the middle.
     denoiser(
-        "UNet", "UNet2DModel", Accepted({"down_blocks.0": 2, "": 6}, layers=2), {"sample": (3, 16, 16)},
-        UNET + "down_block_types=('DownBlock2D', 'AttnDownBlock2D'), up_block_types=('AttnUpBlock2D', 'UpBlock2D')"
+        "UNet, in part", "UNet2DModel", Accepted({"down_blocks.0": 2, "": 6}, layers=2, leftovers="plain"),
+        {"sample": (3, 16, 16)}, UNET
+    ),
+    denoiser(
+        "Hunyuan-DiT", "HunyuanDiT2DModel",
+        Refused("cut by projections", "a layer would be cut off", "cat = torch.cat([hidden_states, skip], dim=-1)"),
+        HUNYUAN_INPUTS, HUNYUAN
+    ),
+    denoiser(
+        "Hunyuan-DiT, in part", "HunyuanDiT2DModel", Accepted({"": 15}, layers=5, named=True, leftovers="plain"),
+        HUNYUAN_INPUTS, HUNYUAN
+    ),
+    denoiser(
+        "U-ViT", UTransformer2DModel, post_norm("hidden_states = self.norm"),
+        {"hidden_states": (16, 64)} | fields("timestep=None, hidden_states_is_embedding=True, unpatchify=False"),
+        "num_layers=8, in_channels=4, out_channels=4, sample_size=8, patch_size=2, norm_num_groups=2", **HEADS
     ),
 ]
 # fmt: on

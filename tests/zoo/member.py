@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ class Accepted:
         named: Whether the configuration names the owners in ``streams``, and leaves what else there is plain.
         idle: Number of sites whose read the model throws away, so that they get no gradient.
         sizes: Two (batch, length) pairs that it is run on.
+        leftovers: What the configuration says of sublayers that are on no stream.
     """
 
     streams: Mapping[str, int | tuple[int, ...]]
@@ -35,6 +36,7 @@ class Accepted:
     named: bool = False
     idle: int = 0
     sizes: tuple[tuple[int, int], tuple[int, int]] = ((2, 6), (3, 5))
+    leftovers: Literal["refuse", "plain"] = "refuse"
 
 
 @dataclasses.dataclass(frozen=True)

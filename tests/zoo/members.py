@@ -2,10 +2,34 @@
 
 import collections
 
-from zoo import audio, causal_lm, encoder_decoder, encoders, handwritten, libraries, multimodal, vision
+from zoo import (
+    audio,
+    causal_lm,
+    depth,
+    encoder_decoder,
+    encoders,
+    handwritten,
+    libraries,
+    linked,
+    multimodal,
+    styles,
+    vision,
+)
 from zoo.member import Accepted, Member, Refused, Unbuildable
 
-FAMILIES = (causal_lm, encoders, encoder_decoder, vision, audio, multimodal, libraries, handwritten)
+FAMILIES = (
+    causal_lm,
+    encoders,
+    encoder_decoder,
+    vision,
+    audio,
+    multimodal,
+    libraries,
+    handwritten,
+    linked,
+    styles,
+    depth,
+)
 MEMBERS: list[Member] = [member for family in FAMILIES for member in family.MEMBERS]
 
 Totals = dict[str, collections.Counter[str]]

@@ -1,0 +1,123 @@
+"""What the owners of one rewritten model share, and what of it belongs to one thread alone."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from attnres_rewrite import _compat
+from attnres_rewrite.backend import AttnResBackend
+from attnres_rewrite.inputs import Taken
+
+
+class LiveState:
+    """What all owners of one rewritten model share.
+
+    Whether AttnRes is on, and which backend runs, are asked in the thread that makes the call: ``disabled`` and
+    ``verify`` in one thread change nothing for a call in another. Copies begin with AttnRes on.
+
+    Attributes:
+        backend: The one backend that compiles this model's graphs.
+        options: Further options of ``torch.compile``.
+        scalars: Whether the model is one graph only if ``tensor.item()`` is taken into it.
+        whole: Whether the model was captured as one graph.
+        undone: Whether the rewrite was taken out again. Whoever still holds a part of it then runs the original.
+        taken: What the user had compiled of the modules around the layers; ``undo`` gives it back.
+    """
+
+    def __init__(
+        self, backend: AttnResBackend, options: dict[str, Any], *, scalars: bool = False, whole: bool = True
+    ) -> None:
+        self.backend = backend
+        self.options = options
+        self.scalars = scalars
+        self.whole = whole
+        self.undone = False
+        self.taken: Taken = []
+        self._here = threading.local()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether AttnRes runs in this thread. Dynamo guards on the answer, in the thread that calls."""
+        return not getattr(self._here, "plain", False)
+
+    @contextlib.contextmanager
+    def plain_here(self) -> Iterator[None]:
+        """Within the context this thread runs plain residuals."""
+        before = not self.enabled
+        self._here.plain = True
+        try:
+            yield
+        finally:
+            self._here.plain = before
+
+    @contextlib.contextmanager
+    def compiled_here_by(self, backend: AttnResBackend) -> Iterator[None]:
+        """Within the context this thread compiles every owner by itself, with ``backend``."""
+        before = self.override
+        self._here.override = Override(backend)
+        try:
+            yield
+        finally:
+            self._here.override = before
+
+    @property
+    def override(self) -> Override | None:
+        """What this thread compiles the owners with instead of :attr:`backend`."""
+        return getattr(self._here, "override", None)
+
+    def compile(self, function: Callable[..., Any], backend: AttnResBackend | None = None) -> Callable[..., Any]:
+        """``function``, compiled by ``backend`` or that of the model, with a cache of its own."""
+        compiled: Callable[..., Any] = torch.compile(
+            _compat.with_own_code(function), backend=backend or self.backend, **self.options
+        )
+        return compiled
+
+    def run_watched(self, modes: Sequence[Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call ``function`` with its graphs rewritten and interpreted, so that dispatch modes see every operator.
+
+        Args:
+            modes: The modes that are active, outermost first. Dynamo does nothing while they are, so it traces
+                without them.
+            function: What to compile.
+            *args: Its arguments.
+            **kwargs: Its keyword arguments.
+        """
+
+        def interpreted(module: GraphModule, _: list[Any]) -> Callable[..., Any]:
+            def run(*arguments: Any) -> Any:
+                with contextlib.ExitStack() as stack:
+                    for mode in modes:
+                        stack.enter_context(mode)
+                    return module.forward(*arguments)
+
+            return run
+
+        backend = AttnResBackend(interpreted, plain_streams=self.backend.plain_streams)
+        with _compat.without_dispatch_modes():
+            return self.run(self.compile(function, backend), *args, **kwargs)
+
+    def run(self, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call what was compiled, as the model was captured."""
+        with _compat.tracing_settings(self.scalars):
+            return compiled(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Like nn.Module, a copy of which is not compiled.
+        return {**self.__dict__, "taken": [], "_here": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _here=threading.local())
+
+
+class Override:
+    """Another backend for the owners of a model, for a few calls in one thread, and what it compiled."""
+
+    def __init__(self, backend: AttnResBackend) -> None:
+        self.backend = backend
+        self.compiled: dict[int, Callable[..., Any]] = {}

@@ -1,0 +1,166 @@
+"""Loads a model that is named in text, and weights for it: for the command line and the benchmarks."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# For every module that a command needs, the extra that installs it.
+EXTRAS = {
+    "typer": "cli",
+    "rich": "cli",
+    "transformers": "hf",
+    "safetensors": "hf",
+    "matplotlib": "plot",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+}
+# What a message lists of the keys that do not fit.
+_KEYS_SHOWN = 6
+
+
+class CommandError(Exception):
+    """A command cannot go on; the message is what the user is told."""
+
+
+def require(*modules: str) -> None:
+    """Check that ``modules`` can be imported.
+
+    Raises:
+        CommandError: Some cannot; it names them and the extras that install them.
+    """
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        extras = ",".join(dict.fromkeys(EXTRAS[name] for name in missing))
+        which = "the extra that brings it" if len(missing) == 1 else "the extras that bring them"
+        raise CommandError(f"{', '.join(missing)} not installed; {which}: pip install 'attnres-rewrite[{extras}]'")
+
+
+def is_config_folder(name: str) -> bool:
+    """Whether ``name`` is a folder with the configuration of a Hugging Face model."""
+    return Path(name, "config.json").is_file()
+
+
+def load_model(name: str, device: str = "meta") -> tuple[nn.Module, Any]:
+    """The model that a configuration folder or ``module:factory`` describes, and its example inputs or ``None``.
+
+    A configuration makes a model on ``device``; on the meta device its size does not matter. A factory returns
+    a model, or a model and example inputs for it.
+
+    Raises:
+        CommandError: There is no such model.
+    """
+    if is_config_folder(name):
+        return _from_config(Path(name), device), None
+    module_name, colon, factory = name.partition(":")
+    if not colon:
+        raise CommandError(
+            f"{name!r} is neither a folder with a config.json nor module:factory, such as my_package.models:make_model"
+        )
+    from torch import nn
+
+    sys.path.insert(0, "")
+    try:
+        made = getattr(importlib.import_module(module_name), factory)()
+    except (ImportError, AttributeError) as error:
+        raise CommandError(f"{name}: {error}") from error
+    finally:
+        sys.path.remove("")
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise CommandError(f"{name} returned a {type(model).__name__}, not an nn.Module")
+    return model, inputs
+
+
+def _from_config(folder: Path, device: str) -> nn.Module:
+    require("transformers")
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if device == "meta":
+        # An empty cache made on the meta device cannot be traced, and a report has no use for one.
+        config.use_cache = False
+    names: Sequence[str] = getattr(config, "architectures", None) or ()
+    kinds = (getattr(transformers, name, None) for name in names)
+    kind = next((kind for kind in kinds if kind is not None), None)
+    with torch.device(device):
+        made: nn.Module = kind(config) if kind is not None else transformers.AutoModel.from_config(config)
+    return made
+
+
+def load_weights(model: nn.Module, path: Path) -> str:
+    """Load a state_dict of ``model``, or of ``model`` before it was rewritten, from a file.
+
+    Args:
+        model: A rewritten model.
+        path: A ``.safetensors`` file, or one that ``torch.save`` wrote.
+
+    Returns:
+        What the weights are now, in words.
+
+    Raises:
+        CommandError: The file cannot be read, or it does not fit.
+    """
+    from attnres_rewrite import attnres_parameters
+
+    given = _read_weights(path)
+    state = model.state_dict(keep_vars=True)
+    attnres = {name for name, _ in attnres_parameters(model)}
+    plain = not attnres & set(given)
+    # Tied weights are one tensor under several names, and files often have only one of them.
+    loaded = {id(state[key]) for key in given if key in state}
+    missing = [key for key, value in state.items() if key not in given and id(value) not in loaded]
+    missing = [key for key in missing if not (plain and key in attnres)]
+    unexpected = [key for key in given if key not in state]
+    shapes = [
+        f"{key} {list(value.shape)} instead of {list(state[key].shape)}"
+        for key, value in given.items()
+        if key in state and value.shape != state[key].shape
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    faults = [f"{len(keys)} {kind} ({_listed(keys)})" for kind, keys in kinds.items() if keys]
+    if faults:
+        raise CommandError(
+            f"--weights {path} does not fit the {type(model).__name__}: {'; '.join(faults)}; it takes a whole "
+            "state_dict of the rewritten model or of the plain one"
+        )
+    model.load_state_dict(given, strict=False)
+    return f"{path}, of a plain model: pseudo-queries and gains stay as they were" if plain else str(path)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    import torch
+
+    if not path.is_file():
+        raise CommandError(f"--weights {path}: there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            require("safetensors")
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except CommandError:
+        raise
+    except Exception as error:
+        raise CommandError(
+            f"--weights {path} cannot be read ({type(error).__name__}): it takes what torch.save(model.state_dict(), "
+            "...) writes, or a file whose name ends in .safetensors"
+        ) from error
+    if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        held = f"a {type(found).__name__}" + (f" with {_listed(list(found))}" if isinstance(found, Mapping) else "")
+        raise CommandError(f"--weights {path} holds {held}, not a state_dict: save model.state_dict() by itself")
+    return dict(found)
+
+
+def _listed(keys: Sequence[object]) -> str:
+    return ", ".join(map(str, keys[:_KEYS_SHOWN])) + (", ..." if len(keys) > _KEYS_SHOWN else "")

@@ -1,0 +1,81 @@
+"""The parameters of the sites of one owner, under the names that they have in every form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from attnres_rewrite import _compat
+from attnres_rewrite.anchor import not_rewritten_message
+from attnres_rewrite.errors import NotRewrittenError
+
+if TYPE_CHECKING:
+    from attnres_rewrite.live import LiveForward
+    from attnres_rewrite.live_state import LiveState
+
+
+class AttnResSite(nn.Module):
+    """The parameters of one site: pseudo-query ``[D]``, zero at first, and key gain ``[D]``, one at first.
+
+    Args:
+        width: D, the width of the stream.
+        gain: Whether there is a key gain.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        gain: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(width, device=device, dtype=dtype))
+        self.gain = nn.Parameter(torch.ones(width, device=device, dtype=dtype)) if gain else None
+
+    def extra_repr(self) -> str:
+        """The width, for ``print(model)``."""
+        return f"width={self.query.numel()}, gain={self.gain is not None}"
+
+
+class AttnResSites(nn.ModuleList):
+    """All sites of one owner, in depth order, with the token of its anchor. Its parent is the owner.
+
+    Args:
+        sites: The sites.
+        state: That of the rewritten model.
+        owner: Name of the owner, for messages.
+
+    Attributes:
+        live: The forward of the owner, also where a library has put one of its own before it.
+    """
+
+    token: Tensor
+    live: LiveForward
+
+    def __init__(self, sites: Sequence[AttnResSite], state: LiveState, owner: str, live: LiveForward) -> None:
+        super().__init__(sites)
+        self.state, self.owner, self.live = state, owner, live
+        device = sites[0].query.device
+        self.register_buffer("token", torch.zeros(1, device=device), persistent=False)
+
+    def flat(self) -> list[Tensor]:
+        """Query and gain of every site, in the order in which the anchor takes them."""
+        return [p for site in self for p in (site.query, site.gain) if p is not None]  # type: ignore[misc]
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As of every module, but not for ``torch.fx.symbolic_trace``.
+
+        It asks for the names of the root's modules and then runs the forward of the root's class, past
+        the live forward, so that this is where it can be stopped.
+        """
+        if self.state.enabled and _compat.is_symbolically_tracing():
+            raise NotRewrittenError(not_rewritten_message(self.owner))
+        named: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
+        return named
