@@ -99,7 +99,14 @@ def carries_data(node: Node) -> bool:
     return not isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool, torch.Size))
 
 
-def depends_on(node: Node, is_value: Callable[[Node], bool], earliest: int, index: dict[Node, int]) -> bool:
+def depends_on(
+    node: Node,
+    is_value: Callable[[Node], bool],
+    earliest: int,
+    index: dict[Node, int],
+    *,
+    through: Callable[[Node], bool] = lambda _: True,
+) -> bool:
     """Whether ``node`` computes, through tensor data, from a node for which ``is_value`` holds.
 
     Searched backwards in descending topological order, so that a branch is left as soon as the value
@@ -110,6 +117,7 @@ def depends_on(node: Node, is_value: Callable[[Node], bool], earliest: int, inde
         is_value: Which nodes are looked for.
         earliest: No such node has an index below this one.
         index: The topological order, from :func:`indices`.
+        through: Which nodes the search goes on from.
     """
     pending, seen = [(-index[node], node)], {node}
     while pending:
@@ -117,7 +125,7 @@ def depends_on(node: Node, is_value: Callable[[Node], bool], earliest: int, inde
         if is_value(current):
             return True
         for source in data_inputs(current):
-            if source not in seen and index[source] >= earliest:
+            if source not in seen and index[source] >= earliest and through(source):
                 seen.add(source)
                 heapq.heappush(pending, (-index[source], source))
     return False

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from linked_models import LINKS, SOURCES, Linked, linked, reference
-from models import Feed, embeddings, randomise_sites, relative_error, site_parameters
+from models import WIDTH, Feed, embeddings, randomise_sites, relative_error, site_parameters
 from reference_models import block_attn_res
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import attnres_rewrite as ar
@@ -286,3 +286,22 @@ def test_an_embedding_may_be_filled_in_before_the_stream_begins() -> None:
     config = ar.AttnResConfig(blocks=2, aggregation="sum")
     ar.rewrite(model, config=config, example_inputs=X.double(), backend="eager")
     assert relative_error(model(X.double()), expected) < 1e-12
+
+
+def test_what_is_looked_up_by_an_index_of_the_stream_begins_no_stream() -> None:
+    """A residual vector quantiser: what is left over goes on to the next table."""
+
+    class Quantiser(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tables = nn.ParameterList(torch.randn(8, WIDTH) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = torch.zeros_like(x)
+            for table in self.tables:
+                nearest = table[(x @ table.T).argmax(-1)]
+                x, found = x - nearest, found + nearest
+            return found
+
+    with pytest.raises(ar.NoResidualStreamError):
+        ar.rewrite(Quantiser(), 2, example_inputs=embeddings(), backend="eager")

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch.fx import GraphModule, Node
 
@@ -17,6 +17,7 @@ from attnres_rewrite.graph import (
     op_name,
     require_tensor,
     same_shape,
+    tensor_of,
 )
 from attnres_rewrite.memory import overwritten_by
 from attnres_rewrite.patterns import LinearSum, ScaleMatch, StreamScale, through_transparent
@@ -114,14 +115,14 @@ class LinearValues:
             (reason for reason in reasons if reason is not None), "neither operand computes from the other"
         )
 
-    def computes_from(self, node: Node, root: Value) -> bool:
+    def computes_from(self, node: Node, root: Value, *, through: Callable[[Node], bool] = lambda _: True) -> bool:
         """Whether ``node`` computes, in whatever way, from a value of the family of ``root``."""
 
         def is_value(candidate: Node) -> bool:
             known = self.values.get(candidate)
             return candidate is root.node or (known is not None and known.root is root)
 
-        return depends_on(node, is_value, self.index[root.node], self.index)
+        return depends_on(node, is_value, self.index[root.node], self.index, through=through)
 
     def linear_step(self, node: Node) -> Step | None:
         """The scale, or the bias that is broadcast, by which ``node`` is a function of one other tensor."""
@@ -177,7 +178,8 @@ class LinearValues:
             if _linear_source(other[0]) is base:
                 return "both operands are one value"
             root = Value(base, None, (), None, 0, 1, 0)
-            if self.computes_from(other[0], root) and self.is_independent(steps, root):
+            # What is merely looked up by an index that computes from it, as a vector quantiser does, begins no stream.
+            if self.computes_from(other[0], root, through=_is_no_index) and self.is_independent(steps, root):
                 return self._sum_of(node, (root, steps, side[1]), Addend("branch", *other), set())
         return None
 
@@ -336,6 +338,12 @@ class LinearValues:
 
         depends_on(branch, is_ancestor, self.index[value.root.node], self.index)
         return inside
+
+
+def _is_no_index(node: Node) -> bool:
+    """Whether ``node`` is anything but a tensor of integers or truth values."""
+    value = tensor_of(node)
+    return value is None or value.is_floating_point() or value.is_complex()
 
 
 def _linear_source(node: Node) -> Node:
