@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ def depends_on(
     index: dict[Node, int],
     *,
     through: Callable[[Node], bool] = lambda _: True,
+    written: Callable[[Node], Iterable[Node]] = lambda _: (),
 ) -> bool:
     """Whether ``node`` computes, through tensor data, from a node for which ``is_value`` holds.
 
@@ -118,13 +119,14 @@ def depends_on(
         earliest: No such node has an index below this one.
         index: The topological order, from :func:`indices`.
         through: Which nodes the search goes on from.
+        written: What writes into the tensor of a node; what is written counts as what the tensor was made from does.
     """
     pending, seen = [(-index[node], node)], {node}
     while pending:
         _, current = heapq.heappop(pending)
         if is_value(current):
             return True
-        for source in data_inputs(current):
+        for source in (*data_inputs(current), *written(current)):
             if source not in seen and index[source] >= earliest and through(source):
                 seen.add(source)
                 heapq.heappush(pending, (-index[source], source))

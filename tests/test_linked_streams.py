@@ -305,3 +305,32 @@ def test_what_is_looked_up_by_an_index_of_the_stream_begins_no_stream() -> None:
 
     with pytest.raises(ar.NoResidualStreamError):
         ar.rewrite(Quantiser(), 2, example_inputs=embeddings(), backend="eager")
+
+
+class Scattered(nn.Module):
+    """Every other layer writes what it makes into a tensor of zeros, as a mixture of experts does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Feed() for _ in range(4))
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            made = layer(x)
+            if i % 2:
+                made, whole = torch.zeros_like(made), made
+                made[:, ::2] = whole[:, ::2]
+            x = x + made
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("dialect", ["torch", "aten"])
+def test_what_is_written_into_a_tensor_is_the_output_of_a_branch(dialect: str) -> None:
+    model = Scattered()
+    if dialect == "aten":
+        report = ar.explain(torch.export.export(model, (embeddings(),)), 2)
+    else:
+        report = ar.explain(model, 2, example_inputs=embeddings())
+    assert "4 layers, 4 branch outputs, 4 sites" in str(report)
+    assert "sources per site: 2 2 3 3" in str(report)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -23,7 +24,7 @@ from attnres_rewrite.graph import (
     same_shape,
     source_line,
 )
-from attnres_rewrite.memory import overwritten_by
+from attnres_rewrite.memory import overwritten_by, writers_of
 from attnres_rewrite.passes.base import Pass
 from attnres_rewrite.patterns.layer_list import Layer, layer_lists
 from attnres_rewrite.patterns.refusal import is_convolution, is_mixer
@@ -37,6 +38,8 @@ REMEDY = (
     'rest as it is, set AttnResConfig(leftovers="plain")'
 )
 
+# For every node whose memory something overwrites: the nodes that do.
+Writers = Mapping[Node, Sequence[Node]]
 # What adds two tensors, with whatever factors; in place too, and as methods.
 _SUMS = frozenset("add sub rsub radd iadd isub lerp addcmul addmm baddbmm".split())
 
@@ -88,7 +91,7 @@ class AccountForSublayers(Pass):
 
 
 def _left_out_adds(graph: Graph, extents: Sequence[Extent], reasons: dict[Node, str]) -> Iterator[Leftover]:
-    index = indices(graph)
+    index, writers = indices(graph), writers_of(graph)
     values = frozenset[Node]().union(*(extent.values for extent in extents))
     accounted = set[Node]().union(*(extent.accounted for extent in extents))
     states, live = set[Node](), _live(graph)
@@ -96,7 +99,7 @@ def _left_out_adds(graph: Graph, extents: Sequence[Extent], reasons: dict[Node, 
         if (
             node in accounted
             or node not in live
-            or (base := added_to(node, index, values)) is None
+            or (base := added_to(node, index, values, writers)) is None
             or _is_of_another_kind(node)
         ):
             continue
@@ -117,7 +120,9 @@ def _origin(base: Node) -> str:
     return f"what it adds to is the result of {op_name(base)} ({source_line(base)})"
 
 
-def added_to(node: Node, index: dict[Node, int], values: Container[Node] = ()) -> Node | None:
+def added_to(
+    node: Node, index: dict[Node, int], values: Container[Node] = (), writers: Writers = MappingProxyType({})
+) -> Node | None:
     """The value ``x`` to which ``node`` adds a sublayer's ``f(x)``, if it does so.
 
     What lies behind one of ``values`` is accounted for: a long skip around a whole stream adds no sublayer of its own.
@@ -128,7 +133,7 @@ def added_to(node: Node, index: dict[Node, int], values: Container[Node] = ()) -
         # Of an operator with several results, another one may be what the sublayer computes from.
         whole = {base.args[0] if op_name(base) == "getitem" else base for base in bases}
         known = {*bases, *(base for base in whole if isinstance(base, Node))}
-        if any(other is not term and _mixes(other, known, index, values) for other in terms):
+        if any(other is not term and _mixes(other, known, index, values, writers) for other in terms):
             return bases[-1]
     return None
 
@@ -171,7 +176,9 @@ def _terms(node: Node) -> list[Node]:
     return [n for n in operands if same_shape(require_tensor(n), result)]
 
 
-def _mixes(node: Node, bases: Iterable[Node], index: dict[Node, int], values: Container[Node]) -> bool:
+def _mixes(
+    node: Node, bases: Iterable[Node], index: dict[Node, int], values: Container[Node], writers: Writers
+) -> bool:
     """Whether ``node`` computes from one of ``bases`` through an operator that makes a sublayer, and no value."""
     targets = set(bases)
     earliest = min(index[base] for base in targets)
@@ -183,7 +190,8 @@ def _mixes(node: Node, bases: Iterable[Node], index: dict[Node, int], values: Co
             if mixed[current]:
                 return True
             continue
-        for source in data_inputs(current) if current not in values else ():
+        sources = (*data_inputs(current), *writers.get(current, ())) if current not in values else ()
+        for source in sources:
             if index[source] < earliest:
                 continue
             if source not in mixed:

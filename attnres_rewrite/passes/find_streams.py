@@ -11,7 +11,6 @@ from torch.fx import GraphModule, Node
 
 from attnres_rewrite.errors import AttnResError, NoResidualStreamError, UnsupportedResidualError
 from attnres_rewrite.graph import (
-    depends_on,
     module_path,
     module_stack,
     require_tensor,
@@ -272,7 +271,7 @@ class _Search:
         value = self.values[add]
         start = self.index[value.root.node]
         outputs = value.step.outputs if value.step is not None else ()
-        return any(depends_on(output.node, is_mixer, start, self.index) for output in outputs)
+        return any(self.found.depends_on(output.node, is_mixer, start, before=add) for output in outputs)
 
     def _nested(self, root: Node, last: Node, adds: int, outer: ResidualStream) -> bool:
         """Whether the chain of adds from ``root`` to ``last`` is a part of what one branch of ``outer`` computes."""
@@ -289,7 +288,9 @@ class _Search:
         step = next((step for step in itertools.islice(outer.steps, k, None) if step.outputs), None)
         if step is None:
             return None
-        found = any(depends_on(o.node, lambda n: n is node, index[node], index) for o in step.outputs)
+        found = any(
+            self.found.depends_on(o.node, lambda n: n is node, index[node], before=step.node) for o in step.outputs
+        )
         return step.node if found else None
 
     def _is_coupled(self, root: Node, last: Node, adds: int, outer: ResidualStream) -> bool:

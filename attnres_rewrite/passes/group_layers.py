@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite.config import AttnResConfig, partition_layers
 from attnres_rewrite.graph import data_inputs, module_stack, op_name
+from attnres_rewrite.memory import writers_of
 from attnres_rewrite.passes.base import Pass, PostconditionError
 from attnres_rewrite.streams import Branch, ResidualStream, StreamPlan
 
@@ -54,7 +55,8 @@ class GroupLayers(Pass):
 def _layer_names(stream: ResidualStream) -> list[str]:
     names = [_child(stream.scope, module_stack((branch.adds or branch.steps)[-1].node)) for branch in stream.branches]
     if len(set(names) - {None}) < 2:
-        names = _joined(stream, [_sublayer(stream, branch) for branch in stream.branches])
+        writers = writers_of(stream.root.graph)
+        names = _joined(stream, [_sublayer(stream, branch, writers) for branch in stream.branches])
     filled = _fill_gaps(names) if len(set(names) - {None}) > 1 else _by_period(stream)
     return _with_what_it_scales(stream, filled)
 
@@ -73,7 +75,7 @@ def _child(scope: str, stack: tuple[str, ...]) -> str | None:
     return next((path for path in stack if path.startswith(prefix) and path != scope), None)
 
 
-def _sublayer(stream: ResidualStream, branch: Branch) -> str | None:
+def _sublayer(stream: ResidualStream, branch: Branch, writers: Mapping[Node, Sequence[Node]]) -> str | None:
     """The layer of a branch that is added in the owner itself, by the child that computed the branch output.
 
     Where the children are kept as a list of lists, ``layers.0.attn``, the layer is ``layers.0``.
@@ -88,7 +90,8 @@ def _sublayer(stream: ResidualStream, branch: Branch) -> str | None:
             inside = child.removeprefix(stream.scope + ".").split(".")
             index = next((i for i, part in enumerate(inside) if part.isdigit()), len(inside))
             return ".".join([*filter(None, [stream.scope]), *inside[: index + 1]])
-        fresh = [n for n in data_inputs(node) if n not in seen and n not in stream.values]
+        sources = (*data_inputs(node), *writers.get(node, ()))
+        fresh = [n for n in sources if n not in seen and n not in stream.values]
         seen.update(fresh)
         pending.extend(fresh)
     return None

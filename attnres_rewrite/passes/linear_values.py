@@ -19,7 +19,7 @@ from attnres_rewrite.graph import (
     same_shape,
     tensor_of,
 )
-from attnres_rewrite.memory import overwritten_by
+from attnres_rewrite.memory import overwritten_by, writers_of
 from attnres_rewrite.patterns import LinearSum, ScaleMatch, StreamScale, through_transparent
 from attnres_rewrite.patterns.base import Rejection
 from attnres_rewrite.patterns.stream_scale import is_product, scaled_values
@@ -82,6 +82,9 @@ class LinearValues:
         self.rejected: dict[Node, str] = {}
         self.shared: list[Node] = []
         self.inside: dict[Value, set[Value]] = {}
+        self._writers = writers_of(module.graph)
+        # Where the sum is that is being considered; what is written into a tensor after it makes no difference to it.
+        self._considered = len(self.index)
         self._sum, self._scale = LinearSum(), StreamScale()
         self._sums_of_root: dict[Value, set[Node]] = {}
         # Branch outputs that were added, by the root of the family and by what they are without casts and views.
@@ -89,6 +92,11 @@ class LinearValues:
 
     def consider(self, node: Node) -> None:
         """Extend or begin a family with the sum ``node``, or note why not."""
+        self._considered = self.index[node]
+        self._consider(node)
+        self._considered = len(self.index)
+
+    def _consider(self, node: Node) -> None:
         match = self._sum.match(node)
         if isinstance(match, Rejection):
             if all(isinstance(operand, Node) and is_float_tensor(operand) for operand in node.args[:2]):
@@ -115,6 +123,31 @@ class LinearValues:
             (reason for reason in reasons if reason is not None), "neither operand computes from the other"
         )
 
+    def depends_on(
+        self,
+        node: Node,
+        is_value: Callable[[Node], bool],
+        earliest: int,
+        *,
+        through: Callable[[Node], bool] = lambda _: True,
+        before: Node | None = None,
+    ) -> bool:
+        """:func:`attnres_rewrite.graph.depends_on`, with what is written into tensors in place before a node is read.
+
+        Args:
+            node: Where the search starts.
+            is_value: Which nodes are looked for.
+            earliest: No such node has an index below this one.
+            through: Which nodes the search goes on from.
+            before: What reads ``node``; the sum that is being considered if it is not given.
+        """
+        limit = self.index[before] if before is not None else self._considered
+
+        def written(tensor: Node) -> list[Node]:
+            return [writer for writer in self._writers.get(tensor, ()) if self.index[writer] < limit]
+
+        return depends_on(node, is_value, earliest, self.index, through=through, written=written)
+
     def computes_from(self, node: Node, root: Value, *, through: Callable[[Node], bool] = lambda _: True) -> bool:
         """Whether ``node`` computes, in whatever way, from a value of the family of ``root``."""
 
@@ -122,7 +155,7 @@ class LinearValues:
             known = self.values.get(candidate)
             return candidate is root.node or (known is not None and known.root is root)
 
-        return depends_on(node, is_value, self.index[root.node], self.index, through=through)
+        return self.depends_on(node, is_value, self.index[root.node], through=through)
 
     def linear_step(self, node: Node) -> Step | None:
         """The scale, or the bias that is broadcast, by which ``node`` is a function of one other tensor."""
@@ -190,7 +223,7 @@ class LinearValues:
         if value is None or not self.is_independent(steps, value.root):
             return None
         # What computes from a stream, this one or another, is no bias but a meeting of two.
-        if depends_on(other[0], self.values.__contains__, 0, self.index):
+        if self.depends_on(other[0], self.values.__contains__, 0):
             return None
         return self._sum_of(node, (value, steps, side[1]), Addend("bias", *other), set())
 
@@ -319,7 +352,7 @@ class LinearValues:
         source, factor = through_transparent(scale.source), scale.factor
         if not isinstance(factor, Node) or self.index[factor] < self.index[source]:
             return False
-        return depends_on(factor, lambda node: node is source, self.index[source], self.index)
+        return self.depends_on(factor, lambda node: node is source, self.index[source])
 
     def _inside_branch(self, branch: Node, value: Value) -> set[Value]:
         """The values of the family that ``branch`` computes from and that ``value`` is no function of.
@@ -336,7 +369,7 @@ class LinearValues:
                 inside.add(known)
             return value.descends_from(known)
 
-        depends_on(branch, is_ancestor, self.index[value.root.node], self.index)
+        self.depends_on(branch, is_ancestor, self.index[value.root.node])
         return inside
 
 
