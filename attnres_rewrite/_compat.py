@@ -39,6 +39,18 @@ _INDUCTORS_TABLE = "torch._inductor.decomposition"
 _expansions: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 
+# What a node of a graph may call: an operator with a schema, and one that runs graphs of its own.
+Overload = torch._ops.OpOverload
+HigherOrderOperator = torch._ops.HigherOrderOperator
+# What every convolution is one of.
+Convolution = torch.nn.modules.conv._ConvNd
+
+
+def schema_of(operator: torch._ops.OpOverload) -> Any:
+    """The arguments and returns of an operator, and which of them share memory or are written."""
+    return operator._schema
+
+
 def register_inductor_decomposition(op: torch._ops.OpOverload, decomposition: Callable[..., Any]) -> None:
     """Let Inductor expand ``op`` by ``decomposition`` instead of calling it as an opaque kernel.
 

@@ -206,6 +206,13 @@ def _plans(anchor: Anchor, streams: list[ResidualStream]) -> list[StreamPlan]:
             f"{source_line(second)}. What lies between changes the stream: a hook that was added since, or a part of "
             "the model that is active now, such as dropout, and was not then"
         )
+    if any(now > then for now, then in zip(found, anchor.sites, strict=False)):
+        raise UnsupportedResidualError(
+            f"the residual stream of module {anchor.spec.owner or '(root)'!r} is not what it was when the model was "
+            f"rewritten: it is read {sum(found)} times instead of {sum(anchor.sites)}. Either a hook was added since, "
+            f"or a part of the model that reads or changes the stream is active now and was not then. It is read "
+            f"{_reads(streams)}"
+        )
     if found != anchor.sites:
         last = f"; the last add seen is at {source_line(streams[-1].branches[-1].value)}" if streams else ""
         broken = _compat.last_graph_break()
@@ -217,6 +224,12 @@ def _plans(anchor: Anchor, streams: list[ResidualStream]) -> list[StreamPlan]:
             "model instead)." + (f" Dynamo's last graph break: {broken}" if broken else "")
         )
     return [StreamPlan.recorded(s, sizes) for s, sizes in zip(streams, anchor.spec.blocks, strict=True)]
+
+
+def _reads(streams: Sequence[ResidualStream]) -> str:
+    """Where the values of streams that are read come from; each line of code once."""
+    lines = (source_line(branch.value) for stream in streams for branch in stream.branches)
+    return "; ".join(f"at {line}" for line in dict.fromkeys(lines))
 
 
 def _refuse_plain_streams(module: GraphModule, plain_streams: tuple[str, ...]) -> None:

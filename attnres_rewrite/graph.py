@@ -19,6 +19,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
+from attnres_rewrite import _compat
+
 # A mark on nodes whose operator worked in place when it was traced, and gives a tensor of its own now.
 FRESH = "attnres_fresh"
 
@@ -67,7 +69,7 @@ def same_shape(left: torch.Tensor, right: torch.Tensor) -> bool:
 def op_name(node: Node) -> str:
     """The operator's bare name in either dialect: ``add`` for ``operator.add`` and ``aten.add.Tensor``."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, _compat.Overload):
         return str(target.overloadpacket.__name__)
     if isinstance(target, str):
         return target.rsplit(".", 1)[-1]

@@ -14,7 +14,6 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
 from attnres_rewrite import _compat
@@ -27,7 +26,7 @@ _PASS_ON = frozenset("dropout alpha_dropout feature_dropout identity".split())
 
 def overwritten_by(node: Node) -> Node | None:
     """The node whose tensor ``node`` changes in place, if it does so."""
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, _compat.Overload):
         return next((value for argument, value in _arguments(node) if _writes(argument)), None)
     if node.op not in ("call_function", "call_method", "call_module"):
         return None
@@ -67,8 +66,8 @@ def _signature(target: object) -> inspect.Signature | None:
 
 def _arguments(node: Node) -> Iterator[tuple[Any, Node]]:
     """The arguments in the schema of an operator, with every node that is given for one."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    for i, argument in enumerate(node.target._schema.arguments):
+    assert isinstance(node.target, _compat.Overload)
+    for i, argument in enumerate(_compat.schema_of(node.target).arguments):
         given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
         for value in given if isinstance(given, (tuple, list)) else [given]:
             if isinstance(value, Node):
@@ -85,9 +84,11 @@ def may_share(result: Node, source: Node) -> bool:
         return False
     if op_name(result) in _PASS_ON or _storages(result) & _storages(source):
         return True
-    if not isinstance(result.target, torch._ops.OpOverload):
+    if not isinstance(result.target, _compat.Overload):
         return False
-    returned = {name for r in result.target._schema.returns if r.alias_info is not None for name in _names(r)}
+    returned = {
+        name for r in _compat.schema_of(result.target).returns if r.alias_info is not None for name in _names(r)
+    }
     return any(value is source and not returned.isdisjoint(_names(argument)) for argument, value in _arguments(result))
 
 

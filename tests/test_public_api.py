@@ -212,14 +212,10 @@ def names_of_our_own(paths: list[Path]) -> set[str]:
     return names
 
 
-# To be moved with the tables of graph.py.
-STILL_ELSEWHERE = {"graph.py: torch._ops", "graph.py: target._schema", "refusal.py: nn.modules.conv._ConvNd"}
-
-
 def test_private_names_of_other_packages_are_in_one_file() -> None:
     """DESIGN: a new PyTorch release is checked by reading `_compat.py`."""
     paths = [path for path in (ROOT / "attnres_rewrite").rglob("*.py") if path.name != "_compat.py"]
     own = names_of_our_own(paths)
     found = {name for path in paths for name in private_names(path, own)}
-    assert found <= STILL_ELSEWHERE
+    assert not found
     assert private_names(ROOT / "attnres_rewrite" / "_compat.py", own), "the search itself finds something"

@@ -27,6 +27,7 @@ import attnres_rewrite as ar
 
 LAYERS = 5  # Neither 3 nor 4 blocks divide them evenly.
 TOLERANCE = 1e-5  # float32
+EXACT = 1e-12  # float64
 REFERENCES: dict[str, Callable[..., Tensor]] = {
     "llama": reference_llama,
     "gpt2": reference_gpt2,
@@ -49,7 +50,7 @@ def expected(name: str, plain: nn.Module, rewritten: nn.Module, ids: Tensor, **o
 
 @pytest.fixture(scope="module", params=list(REFERENCES))
 def exported(request: pytest.FixtureRequest) -> tuple[str, nn.Module, torch.export.ExportedProgram]:
-    model = prepared(ARCHITECTURES[request.param].make(LAYERS))
+    model = prepared(ARCHITECTURES[request.param].make(LAYERS), torch.float64)
     return request.param, model, export(model, token_ids())
 
 
@@ -64,7 +65,7 @@ def test_exported_program_equals_the_hand_written_model(exported, partition, agg
     module = randomise_sites(rewritten.module())
     ids = token_ids(seed=7)
     reference = expected(name, plain, module, ids, **partition, aggregation=aggregation)
-    assert relative_error(logits(module(ids)), reference) < TOLERANCE
+    assert relative_error(logits(module(ids)), reference) < EXACT
 
 
 @pytest.mark.parametrize("aggregation", ["mean", "sum"])
@@ -79,7 +80,7 @@ def test_graph_module_equals_the_hand_written_model(exported, partition, aggrega
     assert (str(module.graph), list(module.state_dict())) == before
     ids = token_ids(seed=7)
     reference = expected(name, plain, rewritten, ids, **partition, aggregation=aggregation)
-    assert relative_error(logits(rewritten(ids)), reference) < TOLERANCE
+    assert relative_error(logits(rewritten(ids)), reference) < EXACT
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,9 @@ def test_buffers_and_attributes_stay(verb) -> None:
 def test_a_wrong_source_of_one_site_fails_in_every_dtype(monkeypatch, dtype, wrong) -> None:
     """In the last site alone, and of small branches: the smallest fault that there is."""
 
-    def sabotaged(self: CheckRewrite, module: torch.fx.GraphModule, plan: object, sites: list[Any]) -> int:
+    def sabotaged(
+        self: CheckRewrite, module: torch.fx.GraphModule, plan: object, sites: list[Any], before: object
+    ) -> int:
         node, sources = sites[-1].node, list(sites[-1].node.args[0])
         with module.graph.inserting_before(node):
             zero = module.graph.call_function(torch.zeros_like, (sources[-1],))

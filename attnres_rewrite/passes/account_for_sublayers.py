@@ -8,10 +8,10 @@ import itertools
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from attnres_rewrite import _compat
 from attnres_rewrite.errors import UnsupportedResidualError
 from attnres_rewrite.extent import Extent
 from attnres_rewrite.graph import (
@@ -182,7 +182,7 @@ def _mixes(
     """Whether ``node`` computes from one of ``bases`` through an operator that makes a sublayer, and no value."""
     targets = set(bases)
     earliest = min(index[base] for base in targets)
-    mixed = {node: is_mixer(node)}
+    mixed = {node: node not in targets and is_mixer(node)}
     pending = [(-index[node], node)]
     while pending:
         _, current = heapq.heappop(pending)
@@ -203,7 +203,7 @@ def _mixes(
 def _hidden_adds(module: GraphModule, accounted: Container[Node]) -> Iterator[Leftover]:
     """Adds of sublayers in the graphs that an operator of this one runs, such as a region compiled on its own."""
     for node in module.graph.nodes:
-        if not isinstance(node.target, torch._ops.HigherOrderOperator) or node in accounted:
+        if not isinstance(node.target, _compat.HigherOrderOperator) or node in accounted:
             continue
         for body in _bodies(module, node):
             index = indices(body.graph)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch.fx import Node
 
+from attnres_rewrite import _compat
 from attnres_rewrite.graph import GraphBuilder, require_tensor, same_shape
 
 aten = torch.ops.aten
@@ -121,7 +122,7 @@ class PartWriter:
         assert isinstance(first, Node)
         return Coefficient(1.0, self._factor(aten.add.Tensor, first, second, like))
 
-    def _factor(self, op: torch._ops.OpOverload, left: Node | float, right: Node | float, like: Node) -> Node:
+    def _factor(self, op: _compat.Overload, left: Node | float, right: Node | float, like: Node) -> Node:
         """``op`` of two coefficients, which the parts of a value have in common."""
         key = (op, left, right)
         if key not in self._factors:

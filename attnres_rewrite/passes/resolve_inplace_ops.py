@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from attnres_rewrite import _compat
 from attnres_rewrite.graph import (
     FRESH,
     GraphBuilder,
@@ -88,7 +89,7 @@ def _set_out_of_place(module: GraphModule, node: Node) -> bool:
     """Make ``node`` an ordinary operation with the same arguments, if there is one."""
     if node.op == "call_module":
         return _copy_module(module, node)
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, _compat.Overload):
         return _set_overload(node)
     if "out" in node.kwargs:
         node.kwargs = {key: value for key, value in node.kwargs.items() if key != "out"}
@@ -120,14 +121,16 @@ def _out_of_place_function(target: object, name: str) -> Callable[..., Any] | No
 def _set_overload(node: Node) -> bool:
     """The overload with the same arguments of the operator without the underscore, or without ``out``."""
     target = node.target
-    assert isinstance(target, torch._ops.OpOverload)
+    assert isinstance(target, _compat.Overload)
     namespace, name = getattr(torch.ops, target.namespace), op_name(node)
     packet = getattr(namespace, name.removesuffix("_"), None)
-    outs = [argument.name for argument in target._schema.arguments if argument.is_out]
-    wanted = [str(a.type) for a in target._schema.arguments if not a.is_out]
+    arguments = _compat.schema_of(target).arguments
+    outs = [argument.name for argument in arguments if argument.is_out]
+    wanted = [str(argument.type) for argument in arguments if not argument.is_out]
     for overload in packet.overloads() if packet is not None else ():
         found = getattr(packet, overload)
-        if [str(a.type) for a in found._schema.arguments] == wanted and not any(map(_writes, found._schema.arguments)):
+        taken = _compat.schema_of(found).arguments
+        if [str(argument.type) for argument in taken] == wanted and not any(map(_writes, taken)):
             node.target = found
             node.kwargs = {key: value for key, value in node.kwargs.items() if key not in outs}
             return True

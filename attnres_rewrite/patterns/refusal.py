@@ -10,6 +10,7 @@ from collections.abc import Container, Sequence
 from torch import nn
 from torch.fx import Node
 
+from attnres_rewrite import _compat
 from attnres_rewrite.graph import (
     data_inputs,
     depends_on,
@@ -32,7 +33,7 @@ _MIXERS = frozenset(
     ).split()
 )
 # The same as modules, in a graph that calls these.
-_MIXING_MODULES = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.MultiheadAttention)
+_MIXING_MODULES = (nn.Linear, _compat.Convolution, nn.Embedding, nn.MultiheadAttention)
 
 TRANSFORMED = (
     "the residual stream is changed between its adds by something that is no scale, so it is not a sum of branch "
@@ -221,7 +222,7 @@ def is_mixer(node: Node) -> bool:
 
 def is_convolution(node: Node) -> bool:
     """Whether ``node`` is a mixer whose channels are not the last dimension."""
-    return op_name(node).startswith("conv") or isinstance(submodule_of(node), nn.modules.conv._ConvNd)
+    return op_name(node).startswith("conv") or isinstance(submodule_of(node), _compat.Convolution)
 
 
 def is_dropout(node: Node) -> bool:
