@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,11 @@ import attnres_rewrite as ar
 transformers = pytest.importorskip("transformers")
 
 VOCAB, WIDTH = 61, 32
+
+
+def mostly_slow(values: Iterable[Any], *fast: Any) -> list[Any]:
+    """Parameters of a test of which all but ``fast`` are for ``make test-slow``."""
+    return [pytest.param(value, marks=() if value in fast else pytest.mark.slow) for value in values]
 
 
 def llama(layers: int = 5, **overrides: object) -> nn.Module:

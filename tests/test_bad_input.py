@@ -21,6 +21,7 @@ from models import (
     images,
     llama,
     logits,
+    mostly_slow,
     prepared,
     randomise_sites,
     relative_error,
@@ -305,7 +306,7 @@ def test_graph_breaks_outside_the_owner_are_fine(depth) -> None:
 
 
 @pytest.mark.parametrize("breaks", [False, True])
-@pytest.mark.parametrize("verb", ["explain", "rewrite", "refuse", "verify"])
+@pytest.mark.parametrize("verb", mostly_slow(["explain", "rewrite", "refuse", "verify"], "rewrite"))
 def test_many_models_of_one_class_one_after_the_other(verb, breaks) -> None:
     """Dynamo keeps caches, and counts, for the code that they share; their weights must not hang on these."""
     x, alive = embeddings(), []

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import prepared
+from models import mostly_slow, prepared
 from torch import Tensor, nn
 from zoo.depth import LINES, READS, Listing, MixAtTheEnd, OverItsPast, PlainBlock, Read
 from zoo.handwritten import LAYERS, VOCAB, WIDTH
@@ -25,7 +25,7 @@ def refused(model: nn.Module, line: str) -> None:
 
 
 # With one or two sublayers a block there is no chain of adds at all, with eight only one block.
-@pytest.mark.parametrize("per_block", [1, 2, 3, 6, 8])
+@pytest.mark.parametrize("per_block", mostly_slow([1, 2, 3, 6, 8], 2, 6))
 @pytest.mark.parametrize("spelling", READS)
 def test_the_listing_of_the_paper(spelling: str, per_block: int) -> None:
     refused(Listing(READS[spelling], per_block), LINES[spelling])

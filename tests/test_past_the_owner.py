@@ -8,7 +8,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import Encoder, Feed, Tower, chain_of, embeddings, prepared, randomise_sites, relative_error, token_ids
+from models import (
+    Encoder,
+    Feed,
+    Tower,
+    chain_of,
+    embeddings,
+    mostly_slow,
+    prepared,
+    randomise_sites,
+    relative_error,
+    token_ids,
+)
 from torch import Tensor, nn
 
 import attnres_rewrite as ar
@@ -101,7 +112,7 @@ WAYS: dict[str, Callable[[nn.Module], Tensor]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("warm", mostly_slow([False, True], False), ids=["cold", "warm"])
 def test_layers_run_past_the_owner(model, way, warm) -> None:
     if warm:
         model(X)
@@ -209,7 +220,9 @@ def saved_and_loaded(model: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, saved_and_loaded, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize(
+    "way", mostly_slow([copy.deepcopy, saved_and_loaded, lambda m: pickle.loads(pickle.dumps(m))], copy.deepcopy)
+)
 @pytest.mark.parametrize("make", [lambda: Tower(4), Head], ids=["owner", "root"])
 def test_copies_made_while_disabled_have_attnres_on(way, make) -> None:
     model = rewritten(make())

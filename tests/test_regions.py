@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import WIDTH, Block, embeddings, export, prepared, randomise_sites, relative_error
+from models import WIDTH, Block, embeddings, export, mostly_slow, prepared, randomise_sites, relative_error
 from reference_models import block_attn_res
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -182,7 +182,7 @@ class Frozen(Stack):
 
 
 @pytest.mark.parametrize("kind", [Stack, Frozen])
-@pytest.mark.parametrize("form", ["live", "program"])
+@pytest.mark.parametrize("form", mostly_slow(["live", "program"], "live"))
 def test_export_to_onnx(kind: type[Stack], form: str, tmp_path: Path) -> None:
     """Every site is a node of the one graph."""
     pytest.importorskip("onnxruntime")

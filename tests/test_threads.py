@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from models import Tower, embeddings, prepared, randomise_sites, relative_error
+from models import Tower, embeddings, mostly_slow, prepared, randomise_sites, relative_error
 from torch import nn
 
 import attnres_rewrite as ar
@@ -98,7 +98,7 @@ def test_plain_residuals_in_one_thread_alone(name) -> None:
             time.sleep(0.02)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_slow(MODELS, "root"))
 @pytest.mark.parametrize("verb", [ar.verify, ar.depth_attention])
 def test_a_model_that_is_looked_into_goes_on_serving(name, verb) -> None:
     model = rewritten(name)
