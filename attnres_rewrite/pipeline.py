@@ -31,6 +31,7 @@ from attnres_rewrite.passes import (
     SpellOutSums,
     StreamAnalysis,
 )
+from attnres_rewrite.patterns.refusal import POST_NORM
 from attnres_rewrite.streams import Rejected, ResidualStream, StreamPlan, rejected_lines
 
 # How many lines an error gives to what was seen.
@@ -98,7 +99,10 @@ def analyse(modules: Sequence[GraphModule], config: AttnResConfig) -> Analysis:
 def _refusals(module: GraphModule, analysis: StreamAnalysis, config: AttnResConfig) -> list[Refusal]:
     """Why one graph of a model cannot be rewritten, or not all of it, the most telling reason first."""
     extents = extents_of(module.graph, analysis.streams)
-    found = [*RefuseDepthAttention()(module, extents), *analysis.refusals]
+    # A norm on the stream itself is the plainer reason, where its factor meets another value of the stream.
+    post_norm = [refusal for refusal in analysis.refusals if str(refusal.error).startswith(POST_NORM)]
+    others = [refusal for refusal in analysis.refusals if refusal not in post_norm]
+    found = [*post_norm, *RefuseDepthAttention()(module, extents), *others]
     if config.leftovers == "refuse":
         left: tuple[Leftover, ...] = AccountForSublayers()(module, extents, analysis.rejected)
         found += [Refusal(one.module, one.error) for one in left]
