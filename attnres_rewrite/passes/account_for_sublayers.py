@@ -95,12 +95,14 @@ def _left_out_adds(graph: Graph, extents: Sequence[Extent], reasons: dict[Node, 
     values = frozenset[Node]().union(*(extent.values for extent in extents))
     accounted = set[Node]().union(*(extent.accounted for extent in extents))
     states, live = set[Node](), _live(graph)
+    begin = min((index[extent.stream.root] for extent in extents), default=0)
     for node in graph.nodes:
         if (
             node in accounted
             or node not in live
             or (base := added_to(node, index, values, writers)) is None
             or _is_of_another_kind(node)
+            or (index[node] < begin and _is_part(base))
         ):
             continue
         if base in states or any(_is_state(base, extent) for extent in extents):
@@ -143,6 +145,19 @@ def _is_of_another_kind(add: Node) -> bool:
     *outer, _ = require_tensor(add).shape
     one_token = len(outer) > 1 and all(statically_known_true(size == 1) for size in outer[1:])
     return one_token or (len(outer) > 2 and _is_convolved(add))
+
+
+def _is_part(node: Node) -> bool:
+    """Whether ``node`` is a slice of a tensor: of the tokens but one, say, which take in some of their neighbours."""
+    source = node.args[0] if node.args else None
+    if (
+        op_name(node) not in ("getitem", "slice", "narrow")
+        or not isinstance(source, Node)
+        or not is_float_tensor(source)
+    ):
+        return False
+    part, whole = require_tensor(node), require_tensor(source)
+    return part.dim() == whole.dim() and not same_shape(part, whole)
 
 
 def _is_convolved(node: Node) -> bool:

@@ -242,7 +242,7 @@ VIT_PYTORCH = [
         "patch_size image_size dim depth heads mlp_dim"
     ),
     vit("JumboViT", "jumbo_vit", changed("rearranged stream", "einops/packing.py"), "num_jumbo_cls=1, jumbo_cls_k=4"),
-    vit("nViT", "normalized_vit", no_stream("normalised stream", "tokens = l2norm(tokens + pos_emb)")),
+    vit("nViT", "normalized_vit", post_norm("return F.normalize(t, dim = dim, p = 2)")),
     vit(
         "NesT", "nest", Accepted({"layers.0.0": 4, "layers.1.0": 4}, layers=2),
         "patch_size=4, num_hierarchies=2, block_repeats=(2, 2), dim=32", "depth mlp_dim"
