@@ -334,3 +334,22 @@ def test_what_is_written_into_a_tensor_is_the_output_of_a_branch(dialect: str) -
         report = ar.explain(model, 2, example_inputs=embeddings())
     assert "4 layers, 4 branch outputs, 4 sites" in str(report)
     assert "sources per site: 2 2 3 3" in str(report)
+
+
+def test_the_last_read_is_of_what_the_embedding_was_mixed_into() -> None:
+    """Also where the value before is read as well, and the root is a scaled embedding."""
+
+    class Ending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Feed() for _ in range(2))
+            self.norm = nn.LayerNorm(WIDTH)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = 0.5 * x
+            for layer in self.layers:
+                h = h + layer(h)
+            return self.norm(0.7 * h + 0.5 * x), h
+
+    (stream,) = ar.explain(Ending(), 2, example_inputs=embeddings()).streams
+    assert stream.sources == (2, 3, 3)

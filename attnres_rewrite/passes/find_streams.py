@@ -216,6 +216,9 @@ class _Search:
             if end.root in families or not end.depth or any(self._nested(*chain, stream) for stream in streams):
                 continue
             adds = [value.node for value in self._chain(end) if value.is_sum]
+            if len(adds) == 1 and not self.adds_sublayer(adds[0]):
+                # Arithmetic, as of positions and masks.
+                continue
             pieces.append(_piece(adds, end.root.node, adds, {end.node}, is_stream=False))
         return pieces
 

@@ -55,8 +55,8 @@ class Value:
 
     @property
     def is_sum(self) -> bool:
-        """Whether it is the sum with a branch output, or of two values of the family."""
-        return self.step is not None and (bool(self.step.outputs) or len(self.step.values) > 1)
+        """Whether it is the sum with a branch output, of two values of the family, or with what the root is made of."""
+        return self.step is not None and self.step.kind in ("add", "link")
 
     def descends_from(self, other: Value) -> bool:
         """Whether it is a linear function of ``other``, or ``other`` itself."""
