@@ -14,6 +14,14 @@ class PostconditionError(AssertionError):
     """A pass did not do what it promises: a bug in this package, never in the user's model."""
 
 
+def require_order(module: GraphModule) -> None:
+    """Raise :class:`PostconditionError` unless the graph is in topological order."""
+    try:
+        module.graph.lint()
+    except RuntimeError as error:
+        raise PostconditionError(str(error)) from error
+
+
 class Pass(abc.ABC):
     """One step of the pipeline, over one graph module.
 

@@ -23,7 +23,7 @@ from attnres_rewrite.graph import (
     tensor_of,
 )
 from attnres_rewrite.memory import aliases_of, in_place_argument, overwritten_by
-from attnres_rewrite.passes.base import Pass, PostconditionError
+from attnres_rewrite.passes.base import Pass, require_order
 
 
 class ResolveInplaceOps(Pass):
@@ -61,10 +61,7 @@ class ResolveInplaceOps(Pass):
 
     def ensures(self, module: GraphModule, result: int) -> None:
         """The graph is still in topological order."""
-        try:
-            module.graph.lint()
-        except RuntimeError as error:
-            raise PostconditionError(str(error)) from error
+        require_order(module)
 
 
 def _overwritten(node: Node) -> Node | None:

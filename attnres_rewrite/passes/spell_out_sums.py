@@ -18,7 +18,7 @@ from attnres_rewrite.graph import (
     same_shape,
     tensor_of,
 )
-from attnres_rewrite.passes.base import Pass, PostconditionError
+from attnres_rewrite.passes.base import Pass, require_order
 
 aten = torch.ops.aten
 
@@ -64,10 +64,7 @@ class SpellOutSums(Pass):
 
     def ensures(self, module: GraphModule, result: int) -> None:
         """The graph is still in topological order."""
-        try:
-            module.graph.lint()
-        except RuntimeError as error:
-            raise PostconditionError(str(error)) from error
+        require_order(module)
 
 
 class _Writer:
