@@ -1,5 +1,8 @@
 """Block Attention Residuals (arXiv:2603.15031) for the transformer you already have."""
 
+# Before anything of this package: where TORCH_LOGS names a module of it, torch imports that one when it is done itself.
+import torch
+
 from attnres_rewrite import _compat, ops
 from attnres_rewrite.api import attnres_parameters, disabled, explain, rewrite, undo
 from attnres_rewrite.backend import AttnResBackend, attnres_backend
@@ -49,4 +52,4 @@ __all__ = [
 __version__ = "0.1.0"
 
 _compat.register_backend("attnres", attnres_backend)
-del ops
+del ops, torch

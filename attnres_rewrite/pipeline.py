@@ -99,10 +99,10 @@ def analyse(modules: Sequence[GraphModule], config: AttnResConfig) -> Analysis:
 def _refusals(module: GraphModule, analysis: StreamAnalysis, config: AttnResConfig) -> list[Refusal]:
     """Why one graph of a model cannot be rewritten, or not all of it, the most telling reason first."""
     extents = extents_of(module.graph, analysis.streams)
+    found, over_depth = list(analysis.refusals), RefuseDepthAttention()(module, extents)
     # A norm on the stream itself is the plainer reason, where its factor meets another value of the stream.
-    post_norm = [refusal for refusal in analysis.refusals if str(refusal.error).startswith(POST_NORM)]
-    others = [refusal for refusal in analysis.refusals if refusal not in post_norm]
-    found = [*post_norm, *RefuseDepthAttention()(module, extents), *others]
+    has_post_norm = any(str(refusal.error).startswith(POST_NORM) for refusal in found)
+    found = [*found, *over_depth] if has_post_norm else [*over_depth, *found]
     if config.leftovers == "refuse":
         left: tuple[Leftover, ...] = AccountForSublayers()(module, extents, analysis.rejected)
         found += [Refusal(one.module, one.error) for one in left]

@@ -241,7 +241,10 @@ class _Search:
             for add in self.found.shared
         ]
         certain += [Rejection(OVERWRITTEN, node) for stream in streams for node in self._overwriting(stream)]
-        found = explain_refusals(pieces, list(self.found.rejected), self.index)
+        # To a chain of adds that is a branch of a gated stream, that one looks like a bias.
+        steps = (value.step for value in self.values.values() if value.step is not None)
+        biased = [step.node for step in steps if any(addend.kind == "bias" for addend in step.addends)]
+        found = explain_refusals(pieces, [*self.found.rejected, *biased], self.index)
         found += [Rejection(REVERSIBLE, root) for root in self._coupled(streams, pieces)]
         return [
             Refusal(module_path(r.node), UnsupportedResidualError(f"{r.reason} (at {source_line(r.node)})"))

@@ -154,9 +154,9 @@ class GateMatch:
     branch: Node
 
     def holds(self, piece: Piece, index: dict[Node, int]) -> bool:
-        """Whether ``piece`` begins and ends in the branch."""
-        return _computes_from(piece.root, self.stream, index) and any(
-            _computes_from(self.branch, end, index) for end in piece.ends
+        """Whether ``piece`` begins in the branch, and ends in it or is it."""
+        return _computes_from(piece.root, self.stream, index) and (
+            self.branch in piece.values or any(_computes_from(self.branch, end, index) for end in piece.ends)
         )
 
 
@@ -291,7 +291,7 @@ def explain_refusals(pieces: Sequence[Piece], rejected: Sequence[Node], index: d
         Rejection(GATED, gate.product)
         for gate in gates
         if any(value in piece_of for value in scaled_values(gate.stream))
-        or any(gate.holds(stream, index) for stream in streams)
+        or any(gate.holds(piece, index) for piece in streams or pieces)
     ]
     if streams:
         return sure + post_norm + transformed
