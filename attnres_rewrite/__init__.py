@@ -4,10 +4,9 @@
 import torch
 
 from attnres_rewrite import _compat, ops
-from attnres_rewrite.api import attnres_parameters, disabled, explain, rewrite, undo
-from attnres_rewrite.backend import AttnResBackend, attnres_backend
+from attnres_rewrite._version import __version__ as __version__
+from attnres_rewrite.api import attnres_parameters, explain, rewrite, undo
 from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.depth import DepthAttention, depth_attention
 from attnres_rewrite.errors import (
     AttnResError,
     BlockPartitionError,
@@ -19,9 +18,12 @@ from attnres_rewrite.errors import (
     OnnxExportError,
     UnsupportedResidualError,
 )
+from attnres_rewrite.forms.backend import AttnResBackend, attnres_backend
+from attnres_rewrite.forms.live import disabled
+from attnres_rewrite.inspection.depth import DepthAttention, depth_attention
+from attnres_rewrite.inspection.verification import Verification, verify
 from attnres_rewrite.onnx import OnnxExport, export_onnx
 from attnres_rewrite.report import Report
-from attnres_rewrite.verification import Verification, verify
 
 __all__ = [
     "AttnResBackend",
@@ -48,8 +50,6 @@ __all__ = [
     "undo",
     "verify",
 ]
-
-__version__ = "0.1.0"
 
 _compat.register_backend("attnres", attnres_backend)
 del ops, torch

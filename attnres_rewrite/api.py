@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
@@ -12,19 +11,19 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from attnres_rewrite import _compat
-from attnres_rewrite.anchor import AnchorSpec
-from attnres_rewrite.backend import AttnResBackend, rewrite_captured
-from attnres_rewrite.capture import Capture, capture, capture_whole
+from attnres_rewrite.capture.dynamo import Capture, capture, capture_whole
+from attnres_rewrite.capture.inputs import Call, ExampleInputs, as_it_was, example_call, uncompiled
 from attnres_rewrite.config import AttnResConfig, Blocks
-from attnres_rewrite.errors import AttnResError, UnsupportedResidualError
-from attnres_rewrite.exported import rewrite_exported
-from attnres_rewrite.graph_module import rewrite_graph_module, with_metadata
-from attnres_rewrite.inputs import Call, ExampleInputs, as_it_was, example_call, uncompiled
-from attnres_rewrite.layer_guard import layers_of
-from attnres_rewrite.live import install, live_forwards, uninstall
-from attnres_rewrite.live_state import LiveState
-from attnres_rewrite.norms import tell_reads_without_norm
-from attnres_rewrite.output_hooks import make_hooks_traceable
+from attnres_rewrite.errors import UnsupportedResidualError
+from attnres_rewrite.forms.anchor import AnchorSpec
+from attnres_rewrite.forms.backend import AttnResBackend, rewrite_captured
+from attnres_rewrite.forms.exported import rewrite_exported
+from attnres_rewrite.forms.graph_module import rewrite_graph_module, with_metadata
+from attnres_rewrite.forms.layer_guard import layers_of
+from attnres_rewrite.forms.live import install, live_forwards, require_live, uninstall
+from attnres_rewrite.forms.live_state import LiveState
+from attnres_rewrite.forms.output_hooks import make_hooks_traceable
+from attnres_rewrite.passes.reads_without_norm import tell_reads_without_norm
 from attnres_rewrite.pipeline import Analysis, analyse
 from attnres_rewrite.report import Report, make_report
 from attnres_rewrite.streams import StreamPlan
@@ -211,22 +210,6 @@ def explain(
         return make_report(analyse_module(model, config, example_inputs), config, parameters)
 
 
-@contextlib.contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the context ``model`` runs its plain residual path, as if it had not been rewritten.
-
-    In this thread, and for this model alone; a copy or a file that is made within the context has AttnRes on.
-
-    Raises:
-        AttnResError: ``model`` is not a rewritten ``nn.Module``.
-    """
-    states = {id(forward.state): forward.state for _, forward in require_live(model, "disabled")}
-    with contextlib.ExitStack() as stack:
-        for state in states.values():
-            stack.enter_context(state.plain_here())
-        yield model
-
-
 def undo(model: nn.Module) -> nn.Module:
     """Take the rewrite out of ``model`` again, in place: parameters, wrapped forwards, compilation.
 
@@ -248,15 +231,3 @@ def attnres_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         *_, container, index, leaf = ("", "", *name.rsplit(".", 3))
         if container == "attn_res" and index.isdigit() and leaf in ("query", "gain"):
             yield name, parameter
-
-
-def require_live(model: object, verb: str) -> list[tuple[str, Any]]:
-    """The live forwards of ``model``; an error that names ``verb`` if it has none."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{verb} takes a rewritten nn.Module, not {type(model).__name__}")
-    found = list(live_forwards(model))
-    if not found:
-        raise AttnResError(
-            f"{verb}: this {type(model).__name__} was not rewritten in place; call rewrite(model, blocks=8) first"
-        )
-    return found

@@ -10,8 +10,8 @@ from torch.fx import GraphModule
 
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import AttnResError, NoResidualStreamError, UnsupportedResidualError
-from attnres_rewrite.extent import extents_of
-from attnres_rewrite.graph import is_inside, op_name, source_line
+from attnres_rewrite.graph.extent import extents_of
+from attnres_rewrite.graph.nodes import is_inside, op_name, source_line
 from attnres_rewrite.passes import (
     AccountForSublayers,
     CheckRewrite,
@@ -24,6 +24,7 @@ from attnres_rewrite.passes import (
     PlaceSites,
     Refusal,
     RefuseDepthAttention,
+    RefuseNonSums,
     ResolveInplaceOps,
     ScheduleReads,
     Site,
@@ -51,6 +52,20 @@ class Analysis:
     plans: tuple[StreamPlan, ...]
     found: tuple[str, ...]
     rejected: tuple[Rejected, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The streams and the other adds of all graphs of a model."""
+
+    streams: tuple[ResidualStream, ...]
+    rejected: tuple[Rejected, ...]
+
+    @classmethod
+    def of(cls, analyses: Sequence[StreamAnalysis]) -> Found:
+        """What was found graph by graph, together."""
+        streams = itertools.chain.from_iterable(analysis.streams for analysis in analyses)
+        return cls(tuple(streams), tuple(itertools.chain.from_iterable(analysis.rejected for analysis in analyses)))
 
 
 def find_streams(module: GraphModule) -> StreamAnalysis:
@@ -82,13 +97,8 @@ def analyse(modules: Sequence[GraphModule], config: AttnResConfig) -> Analysis:
                 "undo(model) takes them out, then it can be rewritten again"
             )
     analyses = [find_streams(module) for module in modules]
-    refusals = [r for pair in zip(modules, analyses, strict=True) for r in _refusals(*pair, config)]
-    found = StreamAnalysis(
-        streams=tuple(stream for analysis in analyses for stream in analysis.streams),
-        rejected=tuple(rejected for analysis in analyses for rejected in analysis.rejected),
-        refusals=tuple(refusals),
-    )
-    for refusal in found.refusals:
+    found = Found.of(analyses)
+    for refusal in itertools.chain.from_iterable(map(_refusals, modules, analyses, itertools.repeat(config))):
         if not found.streams or _concerns(refusal, config.streams):
             raise _explained(refusal, found)
     graph_of = {stream: module for module, a in zip(modules, analyses, strict=True) for stream in a.streams}
@@ -99,17 +109,17 @@ def analyse(modules: Sequence[GraphModule], config: AttnResConfig) -> Analysis:
 def _refusals(module: GraphModule, analysis: StreamAnalysis, config: AttnResConfig) -> list[Refusal]:
     """Why one graph of a model cannot be rewritten, or not all of it, the most telling reason first."""
     extents = extents_of(module.graph, analysis.streams)
-    found, over_depth = list(analysis.refusals), RefuseDepthAttention()(module, extents)
+    non_sums, over_depth = RefuseNonSums()(module, analysis), RefuseDepthAttention()(module, extents)
     # A norm on the stream itself is the plainer reason, where its factor meets another value of the stream.
-    has_post_norm = any(str(refusal.error).startswith(POST_NORM) for refusal in found)
-    found = [*found, *over_depth] if has_post_norm else [*over_depth, *found]
+    has_post_norm = any(str(refusal.error).startswith(POST_NORM) for refusal in non_sums)
+    found = [*non_sums, *over_depth] if has_post_norm else [*over_depth, *non_sums]
     if config.leftovers == "refuse":
         left: tuple[Leftover, ...] = AccountForSublayers()(module, extents, analysis.rejected)
         found += [Refusal(one.module, one.error) for one in left]
     return found
 
 
-def _explained(refusal: Refusal, found: StreamAnalysis) -> AttnResError:
+def _explained(refusal: Refusal, found: Found) -> AttnResError:
     """The error with what could be rewritten without it, and with what was seen."""
     parts = [str(refusal.error)]
     if others := tuple(s.owner for s in found.streams if not _concerns(refusal, (s.owner,))):

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.graph import require_tensor, source_line
+from attnres_rewrite.graph.nodes import require_tensor, source_line
 from attnres_rewrite.pipeline import Analysis
 from attnres_rewrite.streams import StreamPlan, rejected_lines
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import attnres_rewrite
-from attnres_rewrite.inputs import Call
+from attnres_rewrite.capture.inputs import Call
 from attnres_rewrite.onnx import conversion, transformers_exporters
 
 

@@ -34,11 +34,11 @@ from torch.fx import Graph, GraphModule, Node, symbolic_trace
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import attnres_rewrite
-from attnres_rewrite.capture import capture_whole
+from attnres_rewrite.capture.dynamo import capture_whole
+from attnres_rewrite.capture.inputs import example_call
 from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.graph import GraphBuilder, indices, module_stack, op_name, require_tensor
-from attnres_rewrite.graph_module import with_metadata
-from attnres_rewrite.inputs import example_call
+from attnres_rewrite.forms.graph_module import with_metadata
+from attnres_rewrite.graph.nodes import GraphBuilder, indices, module_stack, op_name, require_tensor
 from attnres_rewrite.passes import SiteParameters
 from attnres_rewrite.passes.base import Pass
 from attnres_rewrite.pipeline import analyse, insert

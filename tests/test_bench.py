@@ -252,7 +252,7 @@ class TestForms:
             bench.steps("decode")
 
     def test_passes_are_timed_once_a_graph(self):
-        from attnres_rewrite import backend
+        from attnres_rewrite.forms import backend
 
         original = backend.rewrite_captured
         bench = make_bench(make_llama, cheap(), ("rewritten",))

@@ -341,7 +341,9 @@ def test_module_call_signatures(make, kept, lost, caplog) -> None:
     assert list(after) == list(before)
     dropped = [path for path in before if before[path] is not None and after[path] is None]
     assert {path.partition("@")[0] for path in dropped} == set(lost)
-    assert [r.getMessage().split("'")[1] for r in caplog.records if r.name == "attnres_rewrite.exported"] == dropped
+    assert [
+        r.getMessage().split("'")[1] for r in caplog.records if r.name == "attnres_rewrite.forms.exported"
+    ] == dropped
 
     x = embeddings(3, 11)
     expected = rewritten.module()(x=x)

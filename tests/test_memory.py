@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import attnres_rewrite as ar
-from attnres_rewrite.capture import Call, capture
-from attnres_rewrite.graph import op_name
-from attnres_rewrite.graph_module import with_metadata
-from attnres_rewrite.memory import aliases_of, overwritten_by, writers_of
+from attnres_rewrite.capture.dynamo import Call, capture
+from attnres_rewrite.forms.graph_module import with_metadata
+from attnres_rewrite.graph.memory import aliases_of, overwritten_by, writers_of
+from attnres_rewrite.graph.nodes import op_name
 
 SUM = ar.AttnResConfig(blocks=2, aggregation="sum")
 X = embeddings()

@@ -416,7 +416,7 @@ def test_generation_in_two_phases(tmp_path: Path) -> None:
 def test_the_fusions_of_onnx_runtime_still_apply(
     tmp_path: Path, make: Callable[..., nn.Module], opset_version: int, expected: dict[str, int]
 ) -> None:
-    from attnres_rewrite.inputs import Call
+    from attnres_rewrite.capture.inputs import Call
     from attnres_rewrite.onnx import transformers_exporters
 
     inputs = {"input_ids": token_ids(2, 7)}

@@ -23,9 +23,9 @@ from models import (
 from torch import Tensor, nn
 
 import attnres_rewrite as ar
-from attnres_rewrite.capture import capture_whole
-from attnres_rewrite.inputs import example_call
-from attnres_rewrite.layer_guard import remove_guards
+from attnres_rewrite.capture.dynamo import capture_whole
+from attnres_rewrite.capture.inputs import example_call
+from attnres_rewrite.forms.layer_guard import remove_guards
 
 X = embeddings()
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import attnres_rewrite as ar
-from attnres_rewrite.exported import flattened
-from attnres_rewrite.graph import op_name
+from attnres_rewrite.forms.exported import flattened
+from attnres_rewrite.graph.nodes import op_name
 from attnres_rewrite.passes import InlineRegions
 from attnres_rewrite.pipeline import find_streams
 

@@ -40,8 +40,8 @@ from residual_programs import (
 from torch import Tensor, nn
 
 import attnres_rewrite as ar
-from attnres_rewrite.capture import capture
-from attnres_rewrite.inputs import Call
+from attnres_rewrite.capture.dynamo import capture
+from attnres_rewrite.capture.inputs import Call
 from attnres_rewrite.pipeline import Analysis, analyse
 from attnres_rewrite.streams import Step
 

@@ -6,7 +6,7 @@ from models import activations_kept, llama, prepared, randomise_sites, token_ids
 from torch.utils.checkpoint import CheckpointPolicy
 
 import attnres_rewrite as ar
-from attnres_rewrite.saved_activations import recompute_results
+from attnres_rewrite.forms.saved_activations import recompute_results
 
 SITE = torch.ops.attnres.merge_partial.default
 

@@ -7,8 +7,8 @@ import torch
 from models import WIDTH, embeddings
 from torch import Tensor, nn
 
-from attnres_rewrite.graph import op_name
-from attnres_rewrite.graph_module import with_metadata
+from attnres_rewrite.forms.graph_module import with_metadata
+from attnres_rewrite.graph.nodes import op_name
 from attnres_rewrite.passes import SpellOutSums
 
 X, Y = embeddings(seed=1), embeddings(seed=2)

@@ -25,9 +25,9 @@ from models import (
 from torch import Tensor, nn
 
 import attnres_rewrite as ar
+from attnres_rewrite.inspection.verification import relative_difference
 from attnres_rewrite.passes import CheckRewrite
 from attnres_rewrite.passes.parts import PartWriter
-from attnres_rewrite.verification import relative_difference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

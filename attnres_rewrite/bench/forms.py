@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from attnres_rewrite import backend
 from attnres_rewrite.api import attnres_parameters, rewrite
 from attnres_rewrite.bench.settings import BenchSettings, Form, Kind
 from attnres_rewrite.bench.workload import (
@@ -24,8 +23,9 @@ from attnres_rewrite.bench.workload import (
     make_workload,
     training_step,
 )
+from attnres_rewrite.capture.inputs import ExampleInputs
 from attnres_rewrite.errors import UnsupportedResidualError
-from attnres_rewrite.inputs import ExampleInputs
+from attnres_rewrite.forms import backend
 
 # A model, or a model and example inputs for it as rewrite() takes them, not compiled and not rewritten.
 MakeModel = Callable[[], nn.Module | tuple[nn.Module, ExampleInputs | None]]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from attnres_rewrite import _compat
 from attnres_rewrite.bench.settings import BenchSettings
+from attnres_rewrite.capture.inputs import Call, ExampleInputs, example_call
 from attnres_rewrite.errors import ExampleInputsError
-from attnres_rewrite.inputs import Call, ExampleInputs, example_call
 
 BATCH, LENGTH = 2, 256
 

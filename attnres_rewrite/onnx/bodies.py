@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from attnres_rewrite.graph import require_tensor
+from attnres_rewrite.graph.nodes import require_tensor
 from attnres_rewrite.onnx.form import Body, Form
 
 

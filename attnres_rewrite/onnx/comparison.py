@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from attnres_rewrite import _compat
+from attnres_rewrite.capture.inputs import Call
 from attnres_rewrite.errors import OnnxExportError
-from attnres_rewrite.inputs import Call
+from attnres_rewrite.inspection.verification import relative_difference
 from attnres_rewrite.onnx.conversion import Conversion
 from attnres_rewrite.onnx.sizes import dynamic_sizes, given_shapes, values_at
-from attnres_rewrite.verification import relative_difference
 
 _ONNX_BFLOAT16 = 16
 

@@ -14,8 +14,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, OutputKind
 
 from attnres_rewrite import _compat
+from attnres_rewrite.capture.inputs import Call
 from attnres_rewrite.errors import OnnxExportError
-from attnres_rewrite.inputs import Call
 from attnres_rewrite.onnx import form, function
 from attnres_rewrite.onnx.sizes import given_shapes, renamed, size_names
 

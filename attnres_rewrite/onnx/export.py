@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +15,19 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from attnres_rewrite import _compat
-from attnres_rewrite.anchor import AnchorSpec
-from attnres_rewrite.api import disabled, require_live
-from attnres_rewrite.backend import AttnResBackend
+from attnres_rewrite._version import __version__
+from attnres_rewrite.capture.inputs import Call, ExampleInputs, example_call, without_traces
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import AttnResError, ExampleInputsError, MissingPackageError, OnnxExportError
-from attnres_rewrite.exported import flattened, rewrite_exported
-from attnres_rewrite.inputs import Call, ExampleInputs, example_call, without_traces
-from attnres_rewrite.live import run_through
+from attnres_rewrite.forms.anchor import AnchorSpec
+from attnres_rewrite.forms.backend import AttnResBackend
+from attnres_rewrite.forms.exported import flattened, rewrite_exported
+from attnres_rewrite.forms.live import disabled, require_live, run_through
 from attnres_rewrite.onnx import function, transformers_exporters
 from attnres_rewrite.onnx.comparison import compare
 from attnres_rewrite.onnx.conversion import Conversion, Reference, convert, finish
+from attnres_rewrite.onnx.files import publish, save, temporary_folder
 from attnres_rewrite.onnx.sizes import default_dynamic_dims, given_shapes
-
-if TYPE_CHECKING:
-    from onnxscript import ir
 
 # Relative differences that sums in another order explain, by the dtypes of stream and weights.
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -39,8 +36,6 @@ _SUPPORTED = {
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
 }
 _OLDEST_OPSET = 18
-# A protobuf message holds at most 2 GiB; what is not weights takes a part of it.
-_LARGEST_FILE = 1_900_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,14 +119,12 @@ def export_onnx(
     _require_opset(opset_version)
     target = Path(path)
     _require_rewritten(model)
-    with _temporary_folder(target) as folder, _evaluating(model):
+    with temporary_folder(target) as folder, _evaluating(model):
         conversion = _converted(model, example_inputs, use_cache, dynamic_shapes, opset_version, ort_fusions)
-        from attnres_rewrite import __version__
-
         temporary = folder / target.name
         try:
             finish(conversion, functions, __version__)
-            _save(conversion.model, temporary)
+            save(conversion.model, temporary)
         except Exception as error:
             raise OnnxExportError(f"the ONNX model cannot be written: {type(error).__name__}: {error}") from error
         differences = _check(conversion, temporary)
@@ -142,7 +135,7 @@ def export_onnx(
                 f"ONNX Runtime differs from PyTorch by {worst:.1e} (tolerance {limit:.1e}), relative to the "
                 f"largest output, at sizes {differences}; no file was written"
             )
-        _publish(temporary, target)
+        publish(temporary, target)
     graph = conversion.model.graph
     return OnnxExport(
         path=target,
@@ -171,21 +164,6 @@ def _require_opset(version: int) -> None:
             f"opset_version is {version}: torch.onnx writes {_OLDEST_OPSET} and newer, and the installed onnx "
             f"{onnx.__version__} knows up to {newest}"
         )
-
-
-@contextlib.contextmanager
-def _temporary_folder(target: Path) -> Iterator[Path]:
-    """A folder on the file system of ``target``, so that a file moves from it to there in one step."""
-    if not target.parent.is_dir():
-        raise OnnxExportError(f"cannot write {target.name}: the folder {target.parent} does not exist")
-    if target.is_dir():
-        raise OnnxExportError(f"cannot write {target}: it is a folder; name a file in it, such as model.onnx")
-    try:
-        holder = tempfile.TemporaryDirectory(dir=target.parent, prefix=".attnres-")
-    except OSError as error:
-        raise OnnxExportError(f"cannot write {target.name} in {target.parent}: {error.strerror}") from error
-    with holder as folder:
-        yield Path(folder)
 
 
 def _require_rewritten(model: object) -> None:
@@ -332,29 +310,6 @@ def _program_call(program: ExportedProgram, example_inputs: ExampleInputs | None
             raise ExampleInputsError(f"this ExportedProgram takes {order}, not {list(example_inputs)}")
         return Call((), {name: example_inputs[name] for name in order})
     return Call(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {})
-
-
-def _save(model: ir.Model, path: Path) -> None:
-    from onnxscript import ir
-
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    ir.save(model, path, external_data=_weights_of(path).name if size > _LARGEST_FILE else None)
-
-
-def _publish(temporary: Path, target: Path) -> None:
-    """Give the checked file, and the weights beside it if there are any, their names."""
-    weights, beside = _weights_of(temporary), _weights_of(target)
-    try:
-        # First the weights: without the file that refers to them they do nothing.
-        if weights.exists():
-            os.replace(weights, beside)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise OnnxExportError(f"cannot write {target}: {error.strerror}") from error
-
-
-def _weights_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.data")
 
 
 def _check(conversion: Conversion, path: Path) -> dict[tuple[int, ...], float]:

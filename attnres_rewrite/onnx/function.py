@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from attnres_rewrite.graph import require_tensor
+from attnres_rewrite.graph.nodes import require_tensor
 from attnres_rewrite.onnx import bodies
 from attnres_rewrite.onnx.form import DOMAIN, Form, wide_dtype
 from attnres_rewrite.passes.schedule_reads import sources_of

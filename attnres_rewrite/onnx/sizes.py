@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from attnres_rewrite import _compat
-from attnres_rewrite.graph import tensor_of
+from attnres_rewrite.graph.nodes import tensor_of
 
 Shape = tuple[int | torch.SymInt, ...]
 

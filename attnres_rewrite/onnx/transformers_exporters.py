@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from attnres_rewrite.backend import AttnResBackend
+from attnres_rewrite.capture.inputs import Call, without_traces
 from attnres_rewrite.errors import AttnResError, OnnxExportError
-from attnres_rewrite.inputs import Call, without_traces
-from attnres_rewrite.live import run_through
+from attnres_rewrite.forms.backend import AttnResBackend
+from attnres_rewrite.forms.live import run_through
 from attnres_rewrite.onnx import function
 from attnres_rewrite.onnx.conversion import Conversion, Reference, cache_name
 from attnres_rewrite.onnx.sizes import default_dynamic_dims

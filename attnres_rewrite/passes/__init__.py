@@ -1,20 +1,22 @@
 """The pipeline, one pass a file.
 
-In order: :mod:`inline_regions`, :mod:`resolve_inplace_ops`, :mod:`spell_out_sums`, :mod:`find_streams` (which searches
-with :mod:`linear_values`), :mod:`refuse_depth_attention`, :mod:`account_for_sublayers`, :mod:`group_layers`,
-:mod:`insert_attnres` (which writes with :mod:`parts`), :mod:`schedule_reads`, :mod:`place_sites`, :mod:`check_rewrite`.
-:mod:`attnres_rewrite.pipeline` runs them.
+In order: :mod:`inline_regions`, :mod:`resolve_inplace_ops`, :mod:`spell_out_sums`, :mod:`find_streams` (which chooses
+among :mod:`linear_values` by their :mod:`nesting`), :mod:`refuse_non_sums`, :mod:`refuse_depth_attention`,
+:mod:`account_for_sublayers`, :mod:`group_layers`, :mod:`insert_attnres` (which writes with :mod:`parts`),
+:mod:`schedule_reads`, :mod:`place_sites`, :mod:`check_rewrite`. :mod:`attnres_rewrite.pipeline` runs them;
+:mod:`reads_without_norm` tells what an inserted site is read by.
 """
 
 from attnres_rewrite.passes.account_for_sublayers import AccountForSublayers, Leftover
-from attnres_rewrite.passes.base import Pass, PostconditionError
+from attnres_rewrite.passes.base import Pass, PostconditionError, Refusal
 from attnres_rewrite.passes.check_rewrite import CheckRewrite, Expansion
-from attnres_rewrite.passes.find_streams import FindStreams, Refusal, StreamAnalysis
+from attnres_rewrite.passes.find_streams import FindStreams, StreamAnalysis
 from attnres_rewrite.passes.group_layers import GroupLayers
 from attnres_rewrite.passes.inline_regions import InlineRegions
 from attnres_rewrite.passes.insert_attnres import InsertAttnRes, Site, SiteParameters
 from attnres_rewrite.passes.place_sites import PlaceSites
 from attnres_rewrite.passes.refuse_depth_attention import RefuseDepthAttention
+from attnres_rewrite.passes.refuse_non_sums import RefuseNonSums
 from attnres_rewrite.passes.resolve_inplace_ops import ResolveInplaceOps
 from attnres_rewrite.passes.schedule_reads import ScheduleReads
 from attnres_rewrite.passes.spell_out_sums import SpellOutSums
@@ -33,6 +35,7 @@ __all__ = [
     "PostconditionError",
     "Refusal",
     "RefuseDepthAttention",
+    "RefuseNonSums",
     "ResolveInplaceOps",
     "ScheduleReads",
     "Site",

@@ -1,4 +1,4 @@
-"""Pass 5: no sublayer is left out of what is rewritten."""
+"""Pass 7: no sublayer is left out of what is rewritten."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnres_rewrite import _compat
 from attnres_rewrite.errors import UnsupportedResidualError
-from attnres_rewrite.extent import Extent
-from attnres_rewrite.graph import (
+from attnres_rewrite.graph.extent import Extent
+from attnres_rewrite.graph.memory import overwritten_by, writers_of
+from attnres_rewrite.graph.nodes import (
     data_inputs,
     indices,
     is_float_tensor,
@@ -24,10 +25,9 @@ from attnres_rewrite.graph import (
     same_shape,
     source_line,
 )
-from attnres_rewrite.memory import overwritten_by, writers_of
 from attnres_rewrite.passes.base import Pass
 from attnres_rewrite.patterns.layer_list import Layer, layer_lists
-from attnres_rewrite.patterns.refusal import is_convolution, is_mixer
+from attnres_rewrite.patterns.operators import is_convolution, is_mixer
 from attnres_rewrite.patterns.stream_scale import scaled_values
 from attnres_rewrite.streams import Rejected
 

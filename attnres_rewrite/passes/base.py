@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import logging
 import time
 from typing import Any
 
 from torch.fx import GraphModule
 
+from attnres_rewrite.errors import AttnResError
+
 
 class PostconditionError(AssertionError):
     """A pass did not do what it promises: a bug in this package, never in the user's model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Something that must not be rewritten.
+
+    Attributes:
+        module: Path of the module where it was found.
+        error: What to tell the user.
+    """
+
+    module: str
+    error: AttnResError
 
 
 def require_order(module: GraphModule) -> None:

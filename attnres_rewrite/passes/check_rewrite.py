@@ -1,4 +1,4 @@
-"""Pass 8: the rewritten graph says what the equation says."""
+"""Pass 12: the rewritten graph says what the equation says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from torch.fx import GraphModule, Node
 
-from attnres_rewrite.graph import op_name
+from attnres_rewrite.graph.nodes import op_name
 from attnres_rewrite.passes.base import Pass, PostconditionError
 from attnres_rewrite.passes.insert_attnres import Site
 from attnres_rewrite.passes.schedule_reads import sources_of

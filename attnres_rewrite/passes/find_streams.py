@@ -1,49 +1,28 @@
-"""Pass 3: which adds make up a residual stream."""
+"""Pass 4: which adds make up a residual stream."""
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch.fx import GraphModule, Node
 
-from attnres_rewrite.errors import AttnResError, NoResidualStreamError, UnsupportedResidualError
-from attnres_rewrite.graph import (
+from attnres_rewrite.graph.nodes import (
     module_path,
     module_stack,
     require_tensor,
-    same_shape,
     sequential_paths,
-    source_line,
 )
-from attnres_rewrite.memory import aliases_of, overwritten_by
 from attnres_rewrite.passes.base import Pass, PostconditionError
 from attnres_rewrite.passes.linear_values import LinearValues, Value
-from attnres_rewrite.patterns import reads_of, through_transparent
-from attnres_rewrite.patterns.base import Rejection
+from attnres_rewrite.passes.nesting import Nesting
+from attnres_rewrite.patterns import reads_of
+from attnres_rewrite.patterns.linear_step import linear_step
 from attnres_rewrite.patterns.linear_sum import is_sum
-from attnres_rewrite.patterns.refusal import REVERSIBLE, Piece, explain_refusals, is_mixer
+from attnres_rewrite.patterns.piece import Piece
 from attnres_rewrite.streams import Branch, Rejected, ResidualStream, Step
-
-OVERWRITTEN = (
-    "a part of the residual stream is overwritten in place between two of its adds, so it is not a sum of branch "
-    "outputs and Attention Residuals are not defined for it"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Refusal:
-    """Something that must not be rewritten.
-
-    Attributes:
-        module: Path of the module where it was found.
-        error: What to tell the user.
-    """
-
-    module: str
-    error: AttnResError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,20 +32,16 @@ class StreamAnalysis:
     Attributes:
         streams: Every residual stream, in graph order.
         rejected: Every add that was considered and is on no stream, with the reason.
-        refusals: Why the graph cannot be rewritten, with the module where: there is no stream, or not all of one
-            was found.
+        pieces: The streams, and the chains of adds that are neither a part of one nor nested in a branch of one.
         lone: Adds ``x + f(x)`` of a sublayer that are on no stream: in a part of a model, a part of one.
+        values: The linear values among which the streams were found.
     """
 
     streams: tuple[ResidualStream, ...]
     rejected: tuple[Rejected, ...]
-    refusals: tuple[Refusal, ...] = ()
-    lone: tuple[Node, ...] = ()
-
-    @property
-    def refusal(self) -> AttnResError | None:
-        """The first refusal, if there is one."""
-        return self.refusals[0].error if self.refusals else None
+    pieces: tuple[Piece, ...]
+    lone: tuple[Node, ...]
+    values: LinearValues
 
 
 class FindStreams(Pass):
@@ -92,11 +67,9 @@ class FindStreams(Pass):
         streams = search.streams()
         pieces = search.pieces(streams)
         rejected = search.all_rejected(streams, pieces)
-        refusals = search.refusals(streams, pieces)
-        if not refusals and not streams:
-            refusals = [Refusal("", _no_stream(rejected))]
-        lone = (end for piece in pieces if not piece.is_stream for end in piece.ends if search.adds_sublayer(end))
-        return StreamAnalysis(tuple(streams), rejected, tuple(refusals), tuple(lone))
+        ends = itertools.chain.from_iterable(piece.ends for piece in pieces if not piece.is_stream)
+        lone = tuple(end for end in ends if search.nesting.adds_sublayer(end))
+        return StreamAnalysis(tuple(streams), rejected, tuple(pieces), lone, found)
 
     def ensures(self, module: GraphModule, result: StreamAnalysis) -> None:
         """No node is a step of two streams."""
@@ -115,6 +88,7 @@ class _Search:
 
     def __init__(self, found: LinearValues) -> None:
         self.found, self.index, self.values = found, found.index, found.values
+        self.nesting = Nesting(found)
 
     def streams(self) -> list[ResidualStream]:
         """The stream of every family, without those that are nested in a branch of another."""
@@ -126,7 +100,7 @@ class _Search:
             start, last = self.index[stream.root], stream.branches[-1].value
             around = [other for other in around if self.index[other.branches[-1].value] > start]
             adds = sum(len(branch.adds) for branch in stream.branches)
-            if not any(self._nested(stream.root, last, adds, other) for other in around):
+            if not any(self.nesting.is_nested(stream.root, last, adds, other) for other in around):
                 streams.append(stream)
             around.append(stream)
         return streams
@@ -200,7 +174,7 @@ class _Search:
     def _step_from(self, value: Node, node: Node) -> Step | None:
         """The step from ``value`` to ``node``, which is no sum of two values."""
         known = self.values.get(node)
-        step = known.step if known is not None and not known.is_sum else self.found.linear_step(node)
+        step = known.step if known is not None and not known.is_sum else linear_step(node)
         return step if step is not None and step.values[0].node is value else None
 
     def pieces(self, streams: list[ResidualStream]) -> list[Piece]:
@@ -210,13 +184,17 @@ class _Search:
             adds = [step.node for step in stream.steps if step.outputs]
             values = [step.node for step in stream.steps]
             pieces.append(_piece(adds, stream.root, values, {stream.branches[-1].value, adds[-1]}, is_stream=True))
-        families = {self._family_of(stream) for stream in streams}
+        families = {self.nesting.family_of(stream) for stream in streams}
         for end in self._ends():
             chain = end.root.node, end.node, end.depth
-            if end.root in families or not end.depth or any(self._nested(*chain, stream) for stream in streams):
+            if (
+                end.root in families
+                or not end.depth
+                or any(self.nesting.is_nested(*chain, stream) for stream in streams)
+            ):
                 continue
             adds = [value.node for value in self._chain(end) if value.is_sum]
-            if len(adds) == 1 and not self.adds_sublayer(adds[0]):
+            if len(adds) == 1 and not self.nesting.adds_sublayer(adds[0]):
                 # Arithmetic, as of positions and masks.
                 continue
             pieces.append(_piece(adds, end.root.node, adds, {end.node}, is_stream=False))
@@ -231,99 +209,6 @@ class _Search:
                 reasons[node] = "a chain of one add" if node in alone else "within a branch of a stream"
         on_stream = {step.node for stream in streams for step in stream.steps}
         return tuple(Rejected(n, reasons[n]) for n in sorted(reasons, key=self.index.__getitem__) if n not in on_stream)
-
-    def refusals(self, streams: list[ResidualStream], pieces: list[Piece]) -> list[Refusal]:
-        """Why streams, or parts of some, are missing from ``streams``."""
-        certain = [
-            Rejection(
-                "a residual add overwrites in place a tensor that is used elsewhere as well: write x = x + f(x)", add
-            )
-            for add in self.found.shared
-        ]
-        certain += [Rejection(OVERWRITTEN, node) for stream in streams for node in self._overwriting(stream)]
-        # To a chain of adds that is a branch of a gated stream, that one looks like a bias.
-        steps = (value.step for value in self.values.values() if value.step is not None)
-        biased = [step.node for step in steps if any(addend.kind == "bias" for addend in step.addends)]
-        found = explain_refusals(pieces, [*self.found.rejected, *biased], self.index)
-        found += [Rejection(REVERSIBLE, root) for root in self._coupled(streams, pieces)]
-        return [
-            Refusal(module_path(r.node), UnsupportedResidualError(f"{r.reason} (at {source_line(r.node)})"))
-            for r in (*certain, *found)
-        ]
-
-    def _overwriting(self, stream: ResidualStream) -> Iterator[Node]:
-        """What changes, in place, a part of a stream value that a later step still needs, or a term of its sums."""
-        index, forever = self.index, len(self.index)
-        kept = [(stream.root, index[stream.steps[0].node], forever)]
-        for step in stream.steps:
-            end = index[step.node]
-            for addend in step.addends:
-                if addend.kind != "value":
-                    kept.append((addend.node, end, forever))
-                    continue
-                if addend.node is stream.root:
-                    # What is filled in before the first step belongs to the root.
-                    continue
-                sides = (n for n in step.node.all_input_nodes if through_transparent(n) is addend.node)
-                kept += [(node, index[addend.node], end) for node in {addend.node, *sides}]
-        own = {step.node for step in stream.steps}
-        for node, start, stop in kept:
-            aliases = aliases_of(node)
-            users = (user for alias in aliases for user in alias.users if user not in own)
-            yield from (user for user in users if overwritten_by(user) in aliases and start < index[user] < stop)
-
-    def adds_sublayer(self, add: Node) -> bool:
-        """Whether the branch that ``add`` adds is more than arithmetic, as in a rotary embedding."""
-        value = self.values[add]
-        start = self.index[value.root.node]
-        outputs = value.step.outputs if value.step is not None else ()
-        return any(self.found.depends_on(output.node, is_mixer, start, before=add) for output in outputs)
-
-    def _nested(self, root: Node, last: Node, adds: int, outer: ResidualStream) -> bool:
-        """Whether the chain of adds from ``root`` to ``last`` is a part of what one branch of ``outer`` computes."""
-        around = self._add_around(last, outer) if self.index[root] >= self.index[outer.root] else None
-        if around is None or root is outer.root or not self.found.computes_from(root, self._family_of(outer)):
-            return False
-        return not self._is_coupled(root, last, adds, outer)
-
-    def _add_around(self, node: Node, outer: ResidualStream) -> Node | None:
-        """The next add of ``outer``, if what it adds computes from ``node``."""
-        # What can be told by position goes first: a search between chains far apart crosses the whole graph.
-        index = self.index
-        k = bisect.bisect_right(outer.steps, index[node], key=lambda step: index[step.node])
-        step = next((step for step in itertools.islice(outer.steps, k, None) if step.outputs), None)
-        if step is None:
-            return None
-        found = any(
-            self.found.depends_on(o.node, lambda n: n is node, index[node], before=step.node) for o in step.outputs
-        )
-        return step.node if found else None
-
-    def _is_coupled(self, root: Node, last: Node, adds: int, outer: ResidualStream) -> bool:
-        """Whether a chain that begins in a branch of ``outer`` goes on after it, as a second stream does.
-
-        What one layer merely hands to a later one is no chain, and attention scores that are summed over the
-        layers have another shape.
-        """
-        if adds < 2 or root is outer.root or not self.index[outer.root] < self.index[root] < self.index[last]:
-            return False
-        if not same_shape(require_tensor(root), require_tensor(outer.root)):
-            return False
-        begins = self._add_around(root, outer)
-        if begins is None or not self.found.computes_from(root, self._family_of(outer)):
-            return False
-        read = next(branch.value for branch in outer.branches if any(s.node is begins for s in branch.steps))
-        return self.index[last] > self.index[read]
-
-    def _coupled(self, streams: list[ResidualStream], pieces: list[Piece]) -> Iterator[Node]:
-        """The root of every chain that goes on from one branch of a stream to the next."""
-        for piece, stream in itertools.product(pieces, streams):
-            last = max(piece.ends, key=self.index.__getitem__)
-            if self._is_coupled(piece.root, last, len(piece.values), stream):
-                yield piece.root
-
-    def _family_of(self, stream: ResidualStream) -> Value:
-        return self.values[stream.root]
 
 
 def _piece(adds: list[Node], root: Node, values: list[Node], ends: set[Node], *, is_stream: bool) -> Piece:
@@ -340,10 +225,3 @@ def _owner_and_scope(adds: list[Node]) -> tuple[str, str]:
     while common and common[-1] in sequential:
         common.pop()
     return (common[-1] if common else ""), scope
-
-
-def _no_stream(rejected: tuple[Rejected, ...]) -> NoResidualStreamError:
-    return NoResidualStreamError(
-        "no residual stream was found: no chain of adds x = x + f(x) runs over at least two sublayers."
-        + ("" if rejected else " The traced graph adds no two tensors.")
-    )

@@ -1,4 +1,4 @@
-"""Pass 4: which branch belongs to which layer, and which layer to which block."""
+"""Pass 8: which branch belongs to which layer, and which layer to which block."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite.config import AttnResConfig, partition_layers
-from attnres_rewrite.graph import data_inputs, module_stack, op_name
-from attnres_rewrite.memory import writers_of
+from attnres_rewrite.graph.memory import writers_of
+from attnres_rewrite.graph.nodes import data_inputs, module_stack, op_name
 from attnres_rewrite.passes.base import Pass, PostconditionError
 from attnres_rewrite.streams import Branch, ResidualStream, StreamPlan
 

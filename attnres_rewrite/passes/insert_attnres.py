@@ -1,4 +1,4 @@
-"""Pass 6: one sum per block, one AttnRes node per site, the old adds gone."""
+"""Pass 9: one sum per block, one AttnRes node per site, the old adds gone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from attnres_rewrite import _compat
 from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.graph import GraphBuilder, require_tensor, same_shape, tensor_of
+from attnres_rewrite.graph.nodes import GraphBuilder, require_tensor, same_shape, tensor_of
 from attnres_rewrite.passes.base import Pass
 from attnres_rewrite.passes.parts import Part, PartWriter
 from attnres_rewrite.patterns import Transparent, reads_of

@@ -10,19 +10,20 @@ from collections.abc import Callable, Iterable
 
 from torch.fx import GraphModule, Node
 
-from attnres_rewrite.graph import (
+from attnres_rewrite.graph.memory import overwritten_by, writers_of
+from attnres_rewrite.graph.nodes import (
     depends_on,
     indices,
     is_float_tensor,
-    op_name,
     require_tensor,
     same_shape,
     tensor_of,
 )
-from attnres_rewrite.memory import overwritten_by, writers_of
-from attnres_rewrite.patterns import LinearSum, ScaleMatch, StreamScale, through_transparent
+from attnres_rewrite.patterns import LinearSum, through_transparent
 from attnres_rewrite.patterns.base import Rejection
-from attnres_rewrite.patterns.stream_scale import is_product, scaled_values
+from attnres_rewrite.patterns.linear_step import linear_step
+from attnres_rewrite.patterns.stream_scale import is_product, linear_source
+from attnres_rewrite.patterns.summands import summands
 from attnres_rewrite.streams import Addend, Step
 
 
@@ -85,8 +86,8 @@ class LinearValues:
         self._writers = writers_of(module.graph)
         # Where the sum is that is being considered; what is written into a tensor after it makes no difference to it.
         self._considered = len(self.index)
-        self._sum, self._scale = LinearSum(), StreamScale()
-        self._sums_of_root: dict[Value, set[Node]] = {}
+        self._sum = LinearSum()
+        self._sums_of_root: dict[Value, frozenset[Node]] = {}
         # Branch outputs that were added, by the root of the family and by what they are without casts and views.
         self._outputs: dict[tuple[Value, Node], Value] = {}
 
@@ -132,7 +133,7 @@ class LinearValues:
         through: Callable[[Node], bool] = lambda _: True,
         before: Node | None = None,
     ) -> bool:
-        """:func:`attnres_rewrite.graph.depends_on`, with what is written into tensors in place before a node is read.
+        """:func:`.graph.nodes.depends_on`, with what is written into tensors in place before a node is read.
 
         Args:
             node: Where the search starts.
@@ -157,24 +158,6 @@ class LinearValues:
 
         return self.depends_on(node, is_value, self.index[root.node], through=through)
 
-    def linear_step(self, node: Node) -> Step | None:
-        """The scale, or the bias that is broadcast, by which ``node`` is a function of one other tensor."""
-        scale = self._scale.match(node)
-        if not isinstance(scale, Rejection):
-            source = through_transparent(scale.source)
-            if isinstance(scale.factor, Node):
-                return Step(node, (Addend("value", source),), scale.factor, scale.divides)
-            return Step(node, (Addend("value", source, scale.factor),))
-        match = self._sum.match(node)
-        if isinstance(match, Rejection):
-            return None
-        result = require_tensor(node)
-        wide = [same_shape(require_tensor(operand), result) for operand, _ in match.addends]
-        if wide[0] == wide[1]:
-            return None
-        (source, factor), (bias, weight) = match.addends if wide[0] else match.addends[::-1]
-        return Step(node, (Addend("value", through_transparent(source), factor), Addend("bias", bias, weight)))
-
     def is_independent(self, steps: Iterable[Step], root: Value) -> bool:
         """Whether no scale or bias among ``steps`` computes from the family, as a gate does."""
         operands = [step.scale for step in steps if step.scale is not None]
@@ -190,7 +173,7 @@ class LinearValues:
         if (link := self._way_to(other[0], value.root)) is not None:
             operand = Addend("value", self._along(*link).node, other[1])
             return self._sum_of(node, (value, steps, side[1]), operand, set())
-        if _linear_source(other[0]) is base:
+        if linear_source(other[0]) is base:
             return "both operands are one value"
         if not self.computes_from(other[0], value.root):
             is_in_root = self._is_in_root(other[0], value.root)
@@ -208,7 +191,7 @@ class LinearValues:
         for base, steps in self._origins(side[0]):
             if base in self.values:
                 return None
-            if _linear_source(other[0]) is base:
+            if linear_source(other[0]) is base:
                 return "both operands are one value"
             root = Value(base, None, (), None, 0, 1, 0)
             # What is merely looked up by an index that computes from it, as a vector quantiser does, begins no stream.
@@ -277,7 +260,7 @@ class LinearValues:
 
     def _steps_to(self, node: Node) -> tuple[Step, ...]:
         """The step by which ``node`` is a function of one other tensor, or the steps where it is a sum of two of it."""
-        if (step := self.linear_step(node)) is not None:
+        if (step := linear_step(node)) is not None:
             return (step,)
         match = self._sum.match(node)
         if isinstance(match, Rejection):
@@ -293,7 +276,7 @@ class LinearValues:
         """The scales that lead to ``node``, and what they begin with."""
         steps: list[Step] = []
         node = through_transparent(node)
-        while node not in self.values and (step := self.linear_step(node)) is not None:
+        while node not in self.values and (step := linear_step(node)) is not None:
             steps.insert(0, step)
             node = step.addends[0].node
         return steps, node
@@ -329,30 +312,8 @@ class LinearValues:
     def _is_in_root(self, node: Node, root: Value) -> bool:
         """Whether ``node`` is a sum of what the root is a sum of, as an embedding is that is mixed back in."""
         if root not in self._sums_of_root:
-            self._sums_of_root[root] = self._summands(root.node)
-        return not self._summands(node).isdisjoint(self._sums_of_root[root])
-
-    def _summands(self, node: Node) -> set[Node]:
-        """``node``, and what it is a sum of, scaled or not."""
-        found, pending = set(), [through_transparent(node)]
-        while pending:
-            current = pending.pop()
-            if current in found:
-                continue
-            found.add(current)
-            scale, match = self._scale.match(current), self._sum.match(current)
-            if not isinstance(scale, Rejection) and not self._is_own_gate(scale):
-                pending.append(through_transparent(scale.source))
-            if not isinstance(match, Rejection):
-                pending += [through_transparent(operand) for operand, _ in match.addends]
-        return found
-
-    def _is_own_gate(self, scale: ScaleMatch) -> bool:
-        """Whether the factor computes from what it multiplies, as in a norm."""
-        source, factor = through_transparent(scale.source), scale.factor
-        if not isinstance(factor, Node) or self.index[factor] < self.index[source]:
-            return False
-        return self.depends_on(factor, lambda node: node is source, self.index[source])
+            self._sums_of_root[root] = summands(root.node, self.depends_on, self.index)
+        return not summands(node, self.depends_on, self.index).isdisjoint(self._sums_of_root[root])
 
     def _inside_branch(self, branch: Node, value: Value) -> set[Value]:
         """The values of the family that ``branch`` computes from and that ``value`` is no function of.
@@ -377,12 +338,3 @@ def _is_no_index(node: Node) -> bool:
     """Whether ``node`` is anything but a tensor of integers or truth values."""
     value = tensor_of(node)
     return value is None or value.is_floating_point() or value.is_complex()
-
-
-def _linear_source(node: Node) -> Node:
-    """What ``node`` is by nothing but scales, copies and a stop of gradients."""
-    while True:
-        *_, node = scaled_values(node)
-        if op_name(node) != "detach" or not isinstance(node.args[0], Node):
-            return node
-        node = node.args[0]

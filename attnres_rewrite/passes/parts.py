@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from attnres_rewrite import _compat
-from attnres_rewrite.graph import GraphBuilder, require_tensor, same_shape
+from attnres_rewrite.graph.nodes import GraphBuilder, require_tensor, same_shape
 
 aten = torch.ops.aten
 

@@ -1,4 +1,4 @@
-"""Pass 9: a site records gradients where what reads it does."""
+"""Pass 11: a site records gradients where what reads it does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch.fx import Graph, GraphModule, Node
 
 from attnres_rewrite import _compat
-from attnres_rewrite.graph import op_name
+from attnres_rewrite.graph.nodes import op_name
 from attnres_rewrite.passes.base import Pass
 from attnres_rewrite.passes.insert_attnres import Site
 

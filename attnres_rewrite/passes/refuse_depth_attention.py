@@ -1,4 +1,4 @@
-"""Pass 4: a model that attends over depth already is not rewritten."""
+"""Pass 6: a model that attends over depth already is not rewritten."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from torch.fx import GraphModule
 
 from attnres_rewrite.errors import UnsupportedResidualError
-from attnres_rewrite.extent import Extent
-from attnres_rewrite.graph import module_path, source_line
-from attnres_rewrite.passes.base import Pass
-from attnres_rewrite.passes.find_streams import Refusal
+from attnres_rewrite.graph.extent import Extent
+from attnres_rewrite.graph.nodes import module_path, source_line
+from attnres_rewrite.passes.base import Pass, Refusal
 from attnres_rewrite.patterns.base import Rejection
 from attnres_rewrite.patterns.depth_attention import ATTENDS_OVER_DEPTH, DepthAttention
 

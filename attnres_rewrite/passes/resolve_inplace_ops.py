@@ -11,7 +11,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite import _compat
-from attnres_rewrite.graph import (
+from attnres_rewrite.graph.memory import aliases_of, in_place_argument, overwritten_by
+from attnres_rewrite.graph.nodes import (
     FRESH,
     GraphBuilder,
     indices,
@@ -22,7 +23,6 @@ from attnres_rewrite.graph import (
     submodule_of,
     tensor_of,
 )
-from attnres_rewrite.memory import aliases_of, in_place_argument, overwritten_by
 from attnres_rewrite.passes.base import Pass, require_order
 
 

@@ -1,4 +1,4 @@
-"""Pass 6: the reads of a block share one pass over the complete blocks (arXiv:2603.15031, section 4)."""
+"""Pass 10: the reads of a block share one pass over the complete blocks (arXiv:2603.15031, section 4)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.graph import GraphBuilder, op_name, require_tensor
+from attnres_rewrite.graph.nodes import GraphBuilder, op_name, require_tensor
 from attnres_rewrite.passes.base import Pass, PostconditionError
 from attnres_rewrite.passes.insert_attnres import Site
 

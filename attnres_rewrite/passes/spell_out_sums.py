@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.fx import GraphModule, Node
 
-from attnres_rewrite.graph import (
+from attnres_rewrite.graph.nodes import (
     GraphBuilder,
     depends_on,
     indices,

@@ -10,10 +10,10 @@ from typing import Any
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from attnres_rewrite.extent import Extent
-from attnres_rewrite.graph import data_inputs, indices, is_float_tensor, op_name, require_tensor
+from attnres_rewrite.graph.extent import Extent
+from attnres_rewrite.graph.nodes import data_inputs, indices, is_float_tensor, op_name, require_tensor
 from attnres_rewrite.patterns.base import Rejection
-from attnres_rewrite.patterns.refusal import is_mixer
+from attnres_rewrite.patterns.operators import is_mixer
 from attnres_rewrite.patterns.transparent import through_transparent
 
 ATTENDS_OVER_DEPTH = (

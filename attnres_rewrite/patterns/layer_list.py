@@ -8,9 +8,9 @@ from collections.abc import Container, Sequence
 
 from torch.fx import Graph, Node
 
-from attnres_rewrite.extent import Extent
-from attnres_rewrite.graph import module_stack, normalise_path
-from attnres_rewrite.patterns.refusal import is_convolution, is_mixer
+from attnres_rewrite.graph.extent import Extent
+from attnres_rewrite.graph.nodes import module_stack, normalise_path
+from attnres_rewrite.patterns.operators import is_convolution, is_mixer
 
 
 @dataclasses.dataclass(eq=False)

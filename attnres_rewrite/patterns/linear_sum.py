@@ -8,7 +8,7 @@ import operator
 import torch
 from torch.fx import Node
 
-from attnres_rewrite.graph import is_float_tensor
+from attnres_rewrite.graph.nodes import is_float_tensor
 from attnres_rewrite.patterns.base import Rejection
 
 aten = torch.ops.aten

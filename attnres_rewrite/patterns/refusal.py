@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import string
-from collections.abc import Container, Sequence
+from collections.abc import Container
 
-from torch import nn
 from torch.fx import Node
 
-from attnres_rewrite import _compat
-from attnres_rewrite.graph import (
+from attnres_rewrite.graph.nodes import (
     data_inputs,
     depends_on,
     is_float_tensor,
@@ -22,27 +18,12 @@ from attnres_rewrite.graph import (
 )
 from attnres_rewrite.patterns.base import Rejection
 from attnres_rewrite.patterns.linear_sum import LinearSum
+from attnres_rewrite.patterns.operators import is_mixer
+from attnres_rewrite.patterns.piece import Piece
 from attnres_rewrite.patterns.stream_scale import scaled_values
 from attnres_rewrite.patterns.transparent import through_transparent
 
 _NORMS = frozenset("layer_norm rms_norm native_layer_norm group_norm batch_norm rsqrt std var".split())
-_MIXERS = frozenset(
-    (
-        "linear matmul bmm mm addmm einsum conv1d conv2d conv3d embedding scaled_dot_product_attention baddbmm "
-        "multi_head_attention_forward"
-    ).split()
-)
-# The same as modules, in a graph that calls these.
-_MIXING_MODULES = (nn.Linear, _compat.Convolution, nn.Embedding, nn.MultiheadAttention)
-
-TRANSFORMED = (
-    "the residual stream is changed between its adds by something that is no scale, so it is not a sum of branch "
-    "outputs and Attention Residuals are not defined for it"
-)
-DROPPED = (
-    "dropout on the residual stream itself, so the stream is not a sum of branch outputs in training and Attention "
-    "Residuals are not defined for it. Drop out what is added; in a graph that is never trained, set its p to zero"
-)
 POST_NORM = (
     "post-norm: a norm sits on the residual stream itself, so the stream is not a sum of branch "
     "outputs and Attention Residuals are not defined for it. Use a pre-norm variant of the model"
@@ -55,43 +36,6 @@ HYPER_CONNECTIONS = (
     "hyper-connections: several residual streams side by side are mixed by a matrix between the sublayers, "
     "so there is no one stream of branch outputs to attend over"
 )
-REVERSIBLE = (
-    "coupled streams: a second sum of branch outputs is carried from sublayer to sublayer within the branches of the "
-    "first, as in a reversible network, so neither is the one stream to attend over"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A chain of adds ``x + f(x)``: a residual stream, or what may be a part of one.
-
-    Attributes:
-        first_module: The module that its first add runs in.
-        last_module: That of its last add.
-        root: The value that it begins with.
-        values: Its stream values.
-        ends: The last of them, before and after trailing scales.
-        is_stream: Whether it is a stream by itself.
-    """
-
-    first_module: str
-    last_module: str
-    root: Node
-    values: frozenset[Node]
-    ends: frozenset[Node]
-    is_stream: bool
-
-    def may_go_on_in(self, other: Piece) -> bool:
-        """Whether ``other`` could be the rest of the stream that this is a piece of, and not another tower."""
-        if not (self.is_stream or other.is_stream):
-            return True
-        paths = [path.split(".") if path else [] for path in (self.last_module, other.first_module)]
-        here, there = next(((a, b) for a, b in itertools.zip_longest(*paths) if a != b), (None, None))
-        if here is None or there is None:
-            # One lies within the other. Of two streams it then is a tower; a single add is a part.
-            return here is there or not (self.is_stream and other.is_stream)
-        # layers.3 and layers.4, or layer_3 and layer_4.
-        return here[-1].isdigit() and there[-1].isdigit() and here.rstrip(string.digits) == there.rstrip(string.digits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,21 +159,6 @@ class HyperConnections:
         return Rejection("no operand is a mixture of streams", add)
 
 
-def is_mixer(node: Node) -> bool:
-    """Whether ``node`` is the kind of operator that makes a sublayer: it multiplies by weights, or mixes tokens."""
-    return op_name(node) in _MIXERS or isinstance(submodule_of(node), _MIXING_MODULES)
-
-
-def is_convolution(node: Node) -> bool:
-    """Whether ``node`` is a mixer whose channels are not the last dimension."""
-    return op_name(node).startswith("conv") or isinstance(submodule_of(node), _compat.Convolution)
-
-
-def is_dropout(node: Node) -> bool:
-    """Whether ``node`` drops out, now or in training."""
-    return op_name(node) == "dropout" or isinstance(submodule_of(node), nn.Dropout)
-
-
 def _both_ways(add: Node) -> tuple[tuple[Node, Node], ...]:
     """The operands of a sum of two tensors of one shape, in either order."""
     match = LinearSum().match(add)
@@ -253,54 +182,3 @@ def _computes_from(node: Node, value: Node, index: dict[Node, int]) -> bool:
     if node is value or index[node] < index[value]:
         return False
     return depends_on(node, lambda other: other is value, index[value], index)
-
-
-def explain_refusals(pieces: Sequence[Piece], rejected: Sequence[Node], index: dict[Node, int]) -> list[Rejection]:
-    """What the residual connections of a graph are that are no stream, or break one into pieces.
-
-    A stream that goes on behind a norm or a gate is found in pieces, of which any may be a single add. So
-    where a piece begins with the changed end of another, or an add gates one, nothing may be rewritten.
-
-    Args:
-        pieces: The streams, and the other chains of adds.
-        rejected: The adds that are on no chain.
-        index: The topological order.
-
-    Returns:
-        One rejection a piece or add, with its reason; none if all is well, or if no known reason applies.
-    """
-    post_norm, transformed = [], []
-    piece_of = {end: piece for piece in pieces for end in piece.ends}
-    values = set().union(*(piece.values for piece in pieces)) - piece_of.keys()
-    for piece in pieces:
-        found = PostNorm().match(piece.root, piece_of.keys() - piece.ends, values - {piece.root})
-        if isinstance(found, Rejection):
-            continue
-        norms = [continuation.norm for continuation in found if continuation.norm is not None]
-        if len(norms) == len(found):
-            # A norm between two towers is the first one's last.
-            norms = [c.norm for c in found if c.norm is not None and piece_of[c.end].may_go_on_in(piece)]
-        elif not norms:
-            transformed.append(Rejection(DROPPED if is_dropout(piece.root) else TRANSFORMED, piece.root))
-        # On some way there may be no norm, where one is written by hand: x * rsqrt(...).
-        post_norm += [Rejection(POST_NORM, norm) for norm in norms[:1]]
-
-    gates = [gate for add in rejected if isinstance(gate := GatedStream().match(add, index), GateMatch)]
-    streams = [piece for piece in pieces if piece.is_stream]
-    sure = [
-        Rejection(GATED, gate.product)
-        for gate in gates
-        if any(value in piece_of for value in scaled_values(gate.stream))
-        or any(gate.holds(piece, index) for piece in streams or pieces)
-    ]
-    if streams:
-        return sure + post_norm + transformed
-    mixed = [mixing for add in rejected if isinstance(mixing := HyperConnections().match(add, index), Node)]
-    return [
-        *sure,
-        *post_norm,
-        # Without a stream anything that looks like a gate is taken for one.
-        *(Rejection(GATED, gate.product) for gate in gates),
-        *(Rejection(HYPER_CONNECTIONS, mixing) for mixing in mixed),
-        *transformed,
-    ]

@@ -10,7 +10,7 @@ from typing import TypeGuard
 import torch
 from torch.fx import Node
 
-from attnres_rewrite.graph import is_float_tensor, require_tensor, same_shape, tensor_of
+from attnres_rewrite.graph.nodes import is_float_tensor, op_name, require_tensor, same_shape, tensor_of
 from attnres_rewrite.patterns.base import Rejection
 from attnres_rewrite.patterns.transparent import through_transparent
 
@@ -94,6 +94,15 @@ def scaled_values(node: Node) -> Iterator[Node]:
     yield (node := through_transparent(node))
     while isinstance(match := StreamScale().match(node), ScaleMatch):
         yield (node := through_transparent(match.source))
+
+
+def linear_source(node: Node) -> Node:
+    """What ``node`` is by nothing but scales, copies and a stop of gradients."""
+    while True:
+        *_, node = scaled_values(node)
+        if op_name(node) != "detach" or not isinstance(node.args[0], Node):
+            return node
+        node = node.args[0]
 
 
 def _as_wide(factor: object, result: torch.Tensor) -> bool:

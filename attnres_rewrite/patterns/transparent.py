@@ -8,7 +8,7 @@ from torch import nn
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from attnres_rewrite.graph import (
+from attnres_rewrite.graph.nodes import (
     SHAPE_ONLY,
     carries_data,
     is_float_tensor,

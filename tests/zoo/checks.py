@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 import attnres_rewrite as ar
 from attnres_rewrite import _compat, api, pipeline
-from attnres_rewrite.inputs import example_call
+from attnres_rewrite.capture.inputs import example_call
 from attnres_rewrite.pipeline import Analysis
 from zoo.member import Accepted, Inputs, Member, Refused, Unbuildable
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from attnres_rewrite import _compat
-from attnres_rewrite.graph import tensor_of
+from attnres_rewrite.graph.nodes import tensor_of
 
 _NARROW = (torch.float16, torch.bfloat16, torch.float32)
 # Methods that are casts; in a graph of torch functions a dtype may also be the name of one.

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from attnres_rewrite import _compat
-from attnres_rewrite.anchor import not_rewritten_message
 from attnres_rewrite.errors import NotRewrittenError
+from attnres_rewrite.forms.anchor import not_rewritten_message
 
 if TYPE_CHECKING:
-    from attnres_rewrite.live import LiveForward
-    from attnres_rewrite.live_state import LiveState
+    from attnres_rewrite.forms.live import LiveForward
+    from attnres_rewrite.forms.live_state import LiveState
 
 
 class AttnResSite(nn.Module):

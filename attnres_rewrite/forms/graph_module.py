@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite import _compat
+from attnres_rewrite.capture.inputs import Call, ExampleInputs, example_call
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import ExampleInputsError
-from attnres_rewrite.graph import GraphBuilder, op_name, require_tensor, source_line, tensor_of
-from attnres_rewrite.inputs import Call, ExampleInputs, example_call
-from attnres_rewrite.norms import tell_reads_without_norm
+from attnres_rewrite.forms.site_parameters import AttnResSite
+from attnres_rewrite.graph.nodes import GraphBuilder, op_name, require_tensor, source_line, tensor_of
 from attnres_rewrite.passes import SiteParameters
+from attnres_rewrite.passes.reads_without_norm import tell_reads_without_norm
 from attnres_rewrite.pipeline import analyse, insert
-from attnres_rewrite.site_parameters import AttnResSite
 from attnres_rewrite.streams import StreamPlan
 
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.fx import GraphModule
 
 from attnres_rewrite import _compat
+from attnres_rewrite.capture.graph_breaks import capture_around_breaks
+from attnres_rewrite.capture.inputs import Call, compiled, run_plainly
 from attnres_rewrite.errors import ExampleInputsError, GraphBreakError, NotRewrittenError
-from attnres_rewrite.graph_breaks import capture_around_breaks
-from attnres_rewrite.inputs import Call, compiled, run_plainly
 
 
 class _Captured(Exception):

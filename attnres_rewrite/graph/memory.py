@@ -17,7 +17,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from attnres_rewrite import _compat
-from attnres_rewrite.graph import FRESH, op_name, submodule_of, value_of
+from attnres_rewrite.graph.nodes import FRESH, op_name, submodule_of, value_of
 
 _IN_PLACE_OPERATORS = frozenset("iadd isub imul itruediv ifloordiv imod ipow iand ior ixor imatmul".split())
 # They return their argument itself where they drop nothing; on fake tensors they return another one.

@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch.fx import Graph, Node
 
 from attnres_rewrite import _compat
-from attnres_rewrite.graph import tensor_of
+from attnres_rewrite.graph.nodes import tensor_of
 
 # By name: the metadata of a node may hold a copy of the operator.
 _SITES = frozenset(f"attnres.{name}.default" for name in ("block_attn_res", "attend_blocks", "merge_partial"))

@@ -6,6 +6,7 @@ instance attribute ``forward`` that runs the class's forward through the compile
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import types
@@ -17,14 +18,14 @@ import torch
 from torch import nn
 
 from attnres_rewrite import _compat
-from attnres_rewrite.anchor import AnchorSpec, not_rewritten_message
-from attnres_rewrite.backend import AttnResBackend
-from attnres_rewrite.errors import NotRewrittenError
-from attnres_rewrite.inputs import Taken, compiled, give_back_compilation, take_compilation
-from attnres_rewrite.layer_guard import LayerGuard, install_guards, remove_guards
-from attnres_rewrite.live_state import LiveState
-from attnres_rewrite.output_hooks import OwnCompiledCall, install_output_hooks, make_hooks_traceable
-from attnres_rewrite.site_parameters import AttnResSite, AttnResSites
+from attnres_rewrite.capture.inputs import Taken, compiled, give_back_compilation, take_compilation
+from attnres_rewrite.errors import AttnResError, NotRewrittenError
+from attnres_rewrite.forms.anchor import AnchorSpec, not_rewritten_message
+from attnres_rewrite.forms.backend import AttnResBackend
+from attnres_rewrite.forms.layer_guard import LayerGuard, install_guards, remove_guards
+from attnres_rewrite.forms.live_state import LiveState
+from attnres_rewrite.forms.output_hooks import OwnCompiledCall, install_output_hooks, make_hooks_traceable
+from attnres_rewrite.forms.site_parameters import AttnResSite, AttnResSites
 
 
 class LiveForward:
@@ -223,6 +224,34 @@ def live_forwards(model: nn.Module) -> Iterator[tuple[str, LiveForward]]:
         sites = getattr(module, "attn_res", None)
         if isinstance(sites, AttnResSites):
             yield name, sites.live
+
+
+def require_live(model: object, verb: str) -> list[tuple[str, LiveForward]]:
+    """The live forwards of ``model``; an error that names ``verb`` if it has none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{verb} takes a rewritten nn.Module, not {type(model).__name__}")
+    found = list(live_forwards(model))
+    if not found:
+        raise AttnResError(
+            f"{verb}: this {type(model).__name__} was not rewritten in place; call rewrite(model, blocks=8) first"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the context ``model`` runs its plain residual path, as if it had not been rewritten.
+
+    In this thread, and for this model alone; a copy or a file that is made within the context has AttnRes on.
+
+    Raises:
+        AttnResError: ``model`` is not a rewritten ``nn.Module``.
+    """
+    states = {id(forward.state): forward.state for _, forward in require_live(model, "disabled")}
+    with contextlib.ExitStack() as stack:
+        for state in states.values():
+            stack.enter_context(state.plain_here())
+        yield model
 
 
 def run_through(model: nn.Module, call: Callable[[Callable[..., Any]], Any], backend: AttnResBackend) -> Any:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from torch.fx import Graph, Node
 
-from attnres_rewrite.graph import data_inputs, indices
-from attnres_rewrite.memory import overwritten_by, writers_of
+from attnres_rewrite.graph.memory import overwritten_by, writers_of
+from attnres_rewrite.graph.nodes import data_inputs, indices
 from attnres_rewrite.streams import ResidualStream
 
 

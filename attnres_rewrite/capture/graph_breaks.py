@@ -13,9 +13,9 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite import _compat
+from attnres_rewrite.capture.inputs import Call, compiled, without_traces
 from attnres_rewrite.errors import GraphBreakError
-from attnres_rewrite.graph import is_inside, module_path, module_stack, normalise_path, source_line
-from attnres_rewrite.inputs import Call, compiled, without_traces
+from attnres_rewrite.graph.nodes import is_inside, module_path, module_stack, normalise_path, source_line
 from attnres_rewrite.passes import StreamAnalysis
 from attnres_rewrite.patterns import through_transparent
 from attnres_rewrite.pipeline import find_streams

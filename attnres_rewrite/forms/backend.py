@@ -10,13 +10,13 @@ from typing import Any, NoReturn
 from torch.fx import GraphModule
 
 from attnres_rewrite import _compat
-from attnres_rewrite.anchor import Anchor, anchors_of
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import AttnResError, GraphBreakError, NotRewrittenError, UnsupportedResidualError
-from attnres_rewrite.graph import is_inside, require_tensor, source_line
-from attnres_rewrite.passes import Site, SiteParameters, StreamAnalysis
+from attnres_rewrite.forms.anchor import Anchor, anchors_of
+from attnres_rewrite.forms.saved_activations import recompute_results
+from attnres_rewrite.graph.nodes import is_inside, require_tensor, source_line
+from attnres_rewrite.passes import Refusal, RefuseNonSums, Site, SiteParameters
 from attnres_rewrite.pipeline import find_streams, insert
-from attnres_rewrite.saved_activations import recompute_results
 from attnres_rewrite.streams import ResidualStream, StreamPlan
 
 # Rows, tokens of all sequences, up to which the schedule "auto" goes read by read.
@@ -137,7 +137,7 @@ def rewrite_captured(
         return []
     plain = set().union(plain_streams, *(anchor.plain_paths for anchor in anchors))
     analysis = find_streams(module)
-    _refuse_changed(anchors, analysis)
+    _refuse_changed(anchors, RefuseNonSums()(module, analysis))
     streams = [stream for stream in analysis.streams if stream.owner not in plain]
     _refuse_unowned(anchors, streams)
     sites: list[Site] = []
@@ -171,11 +171,11 @@ def _refuse_repeated(anchor: Anchor, anchors: list[Anchor]) -> None:
         )
 
 
-def _refuse_changed(anchors: list[Anchor], analysis: StreamAnalysis) -> None:
+def _refuse_changed(anchors: list[Anchor], refusals: Sequence[Refusal]) -> None:
     """Raise where something in the stream of an anchor would have been refused when the model was rewritten."""
     # That there is no stream at all is what a graph looks like that breaks.
-    refusals = [refusal for refusal in analysis.refusals if isinstance(refusal.error, UnsupportedResidualError)]
-    for refusal, anchor in itertools.product(refusals, anchors):
+    of_streams = [refusal for refusal in refusals if isinstance(refusal.error, UnsupportedResidualError)]
+    for refusal, anchor in itertools.product(of_streams, anchors):
         if not anchor.plain and is_inside(refusal.module, anchor.path):
             raise UnsupportedResidualError(
                 f"the residual stream of module {anchor.spec.owner or '(root)'!r} is not what it was when the model "

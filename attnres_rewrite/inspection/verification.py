@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from attnres_rewrite import _compat
-from attnres_rewrite.anchor import Anchor
-from attnres_rewrite.api import disabled, require_live
-from attnres_rewrite.backend import AttnResBackend
+from attnres_rewrite.capture.inputs import Call, ExampleInputs, as_it_was, example_call, without_traces
 from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.graph import GraphBuilder, tensor_of
-from attnres_rewrite.inputs import Call, ExampleInputs, as_it_was, example_call, without_traces
-from attnres_rewrite.live import run_through
-from attnres_rewrite.norms import explanation, reads_without_norm
+from attnres_rewrite.forms.anchor import Anchor
+from attnres_rewrite.forms.backend import AttnResBackend
+from attnres_rewrite.forms.live import disabled, require_live, run_through
+from attnres_rewrite.graph.nodes import GraphBuilder, tensor_of
+from attnres_rewrite.inspection.wide import WideInterpreter
 from attnres_rewrite.passes import Site, SiteParameters
-from attnres_rewrite.wide import WideInterpreter
+from attnres_rewrite.passes.reads_without_norm import explanation, reads_without_norm
 
 # In float64 two orders of summing differ by 1e-12 after many layers; what a branch adds is worth more.
 _TOLERANCE = 1e-8

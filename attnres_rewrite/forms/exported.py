@@ -16,9 +16,9 @@ from torch.fx import GraphModule, Node
 from attnres_rewrite import _compat
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import GraphBreakError
-from attnres_rewrite.graph import require_tensor
-from attnres_rewrite.norms import tell_reads_without_norm
+from attnres_rewrite.graph.nodes import require_tensor
 from attnres_rewrite.passes import InlineRegions, Site, SiteParameters
+from attnres_rewrite.passes.reads_without_norm import tell_reads_without_norm
 from attnres_rewrite.pipeline import analyse, insert
 from attnres_rewrite.streams import ResidualStream, StreamPlan
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from torch.fx import Node
 
 from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.graph import carries_data, is_float_tensor, module_path, op_name, source_line, submodule_of
+from attnres_rewrite.graph.nodes import carries_data, is_float_tensor, module_path, op_name, source_line, submodule_of
 from attnres_rewrite.passes import Site
 from attnres_rewrite.patterns import Transparent
 

@@ -11,8 +11,8 @@ import torch
 from torch.fx import GraphModule
 
 from attnres_rewrite import _compat
-from attnres_rewrite.backend import AttnResBackend
-from attnres_rewrite.inputs import Taken
+from attnres_rewrite.capture.inputs import Taken
+from attnres_rewrite.forms.backend import AttnResBackend
 
 
 class LiveState:

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import NotRewrittenError
-from attnres_rewrite.graph import is_inside, module_path
+from attnres_rewrite.graph.nodes import is_inside, module_path
 from attnres_rewrite.passes.insert_attnres import SiteParameters
 
 

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from attnres_rewrite.api import require_live
-from attnres_rewrite.backend import AttnResBackend
+from attnres_rewrite.capture.inputs import ExampleInputs, as_it_was, example_call, without_traces
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import GraphBreakError, MissingPackageError
-from attnres_rewrite.graph import carries_data, module_path
-from attnres_rewrite.inputs import ExampleInputs, as_it_was, example_call, without_traces
-from attnres_rewrite.live import run_through
+from attnres_rewrite.forms.backend import AttnResBackend
+from attnres_rewrite.forms.live import require_live, run_through
+from attnres_rewrite.graph.nodes import carries_data, module_path
 from attnres_rewrite.ops import depth_weights
 from attnres_rewrite.passes import Site
 from attnres_rewrite.patterns import Transparent

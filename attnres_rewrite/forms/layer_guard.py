@@ -10,10 +10,10 @@ from torch import nn
 from torch.fx import Node
 
 from attnres_rewrite import _compat
-from attnres_rewrite.anchor import not_rewritten_message
 from attnres_rewrite.errors import NotRewrittenError
-from attnres_rewrite.graph import data_inputs, module_stack
-from attnres_rewrite.live_state import LiveState
+from attnres_rewrite.forms.anchor import not_rewritten_message
+from attnres_rewrite.forms.live_state import LiveState
+from attnres_rewrite.graph.nodes import data_inputs, module_stack
 from attnres_rewrite.streams import Branch, ResidualStream
 
 
