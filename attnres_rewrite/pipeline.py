@@ -33,7 +33,7 @@ from attnres_rewrite.passes import (
     StreamAnalysis,
 )
 from attnres_rewrite.patterns.refusal import POST_NORM
-from attnres_rewrite.streams import Rejected, ResidualStream, StreamPlan, rejected_lines
+from attnres_rewrite.streams import RejectedAdd, ResidualStream, StreamPlan, rejected_lines
 
 # How many lines an error gives to what was seen.
 _SHOWN = 12
@@ -51,7 +51,7 @@ class Analysis:
 
     plans: tuple[StreamPlan, ...]
     found: tuple[str, ...]
-    rejected: tuple[Rejected, ...]
+    rejected: tuple[RejectedAdd, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Found:
     """The streams and the other adds of all graphs of a model."""
 
     streams: tuple[ResidualStream, ...]
-    rejected: tuple[Rejected, ...]
+    rejected: tuple[RejectedAdd, ...]
 
     @classmethod
     def of(cls, analyses: Sequence[StreamAnalysis]) -> Found:

@@ -207,7 +207,7 @@ class StreamPlan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rejected:
+class RejectedAdd:
     """An add that was considered and is not part of a stream.
 
     Attributes:

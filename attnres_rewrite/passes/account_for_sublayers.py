@@ -29,7 +29,7 @@ from attnres_rewrite.passes.base import Pass
 from attnres_rewrite.patterns.layer_list import Layer, layer_lists
 from attnres_rewrite.patterns.operators import is_convolution, is_mixer
 from attnres_rewrite.patterns.stream_scale import scaled_values
-from attnres_rewrite.streams import Rejected
+from attnres_rewrite.streams import RejectedAdd
 
 STAYS_PLAIN = "a sublayer would stay plain: it is on no residual stream that was found, and in no branch of one"
 CUT_OFF = "a layer would be cut off from those beside it: the residual stream does not lead from them to it as a sum"
@@ -77,7 +77,7 @@ class AccountForSublayers(Pass):
     """
 
     def call(
-        self, module: GraphModule, extents: Sequence[Extent], rejected: Sequence[Rejected]
+        self, module: GraphModule, extents: Sequence[Extent], rejected: Sequence[RejectedAdd]
     ) -> tuple[Leftover, ...]:
         """The sublayers of ``module``, which is not changed, that the streams with these extents leave out."""
         accounted = set[Node]().union(*(extent.accounted for extent in extents))

@@ -15,7 +15,7 @@ from attnres_rewrite.passes.base import Pass, PostconditionError
 from attnres_rewrite.passes.insert_attnres import Site
 from attnres_rewrite.passes.schedule_reads import sources_of
 from attnres_rewrite.patterns import LinearSum, StreamScale, through_transparent
-from attnres_rewrite.patterns.base import Rejection
+from attnres_rewrite.patterns.base import Mismatch
 from attnres_rewrite.streams import StreamPlan
 
 # Of a sum of some hundred products of some hundred numbers, rounded twice in another order.
@@ -108,10 +108,10 @@ def _summands(node: Node) -> list[tuple[Node, Node | float | tuple[Node, int]]] 
     if op_name(node) in ("view_as", "expand_as") and isinstance(node.args[0], Node):
         return [(node.args[0], 1.0)]
     match = LinearSum().match(node)
-    if not isinstance(match, Rejection):
+    if not isinstance(match, Mismatch):
         return list(match.addends)
     scale = StreamScale().match(node)
-    if isinstance(scale, Rejection):
+    if isinstance(scale, Mismatch):
         return None
     if scale.divides:
         assert isinstance(scale.factor, Node)

@@ -22,7 +22,7 @@ from attnres_rewrite.patterns import reads_of
 from attnres_rewrite.patterns.linear_step import linear_step
 from attnres_rewrite.patterns.linear_sum import is_sum
 from attnres_rewrite.patterns.piece import Piece
-from attnres_rewrite.streams import Branch, Rejected, ResidualStream, Step
+from attnres_rewrite.streams import Branch, RejectedAdd, ResidualStream, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class StreamAnalysis:
     """
 
     streams: tuple[ResidualStream, ...]
-    rejected: tuple[Rejected, ...]
+    rejected: tuple[RejectedAdd, ...]
     pieces: tuple[Piece, ...]
     lone: tuple[Node, ...]
     values: LinearValues
@@ -200,7 +200,7 @@ class _Search:
             pieces.append(_piece(adds, end.root.node, adds, {end.node}, is_stream=False))
         return pieces
 
-    def all_rejected(self, streams: list[ResidualStream], pieces: list[Piece]) -> tuple[Rejected, ...]:
+    def all_rejected(self, streams: list[ResidualStream], pieces: list[Piece]) -> tuple[RejectedAdd, ...]:
         """Every sum that is on no stream, with the reason, in graph order."""
         reasons = dict(self.found.rejected)
         alone = set().union(*(piece.values for piece in pieces if not piece.is_stream))
@@ -208,7 +208,9 @@ class _Search:
             if value.step is not None and is_sum(node):
                 reasons[node] = "a chain of one add" if node in alone else "within a branch of a stream"
         on_stream = {step.node for stream in streams for step in stream.steps}
-        return tuple(Rejected(n, reasons[n]) for n in sorted(reasons, key=self.index.__getitem__) if n not in on_stream)
+        return tuple(
+            RejectedAdd(n, reasons[n]) for n in sorted(reasons, key=self.index.__getitem__) if n not in on_stream
+        )
 
 
 def _piece(adds: list[Node], root: Node, values: list[Node], ends: set[Node], *, is_stream: bool) -> Piece:

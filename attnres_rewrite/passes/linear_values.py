@@ -20,7 +20,7 @@ from attnres_rewrite.graph.nodes import (
     tensor_of,
 )
 from attnres_rewrite.patterns import LinearSum, through_transparent
-from attnres_rewrite.patterns.base import Rejection
+from attnres_rewrite.patterns.base import Mismatch
 from attnres_rewrite.patterns.linear_step import linear_step
 from attnres_rewrite.patterns.stream_scale import is_product, linear_source
 from attnres_rewrite.patterns.summands import summands
@@ -99,7 +99,7 @@ class LinearValues:
 
     def _consider(self, node: Node) -> None:
         match = self._sum.match(node)
-        if isinstance(match, Rejection):
+        if isinstance(match, Mismatch):
             if all(isinstance(operand, Node) and is_float_tensor(operand) for operand in node.args[:2]):
                 self.rejected[node] = match.reason
             return
@@ -263,7 +263,7 @@ class LinearValues:
         if (step := linear_step(node)) is not None:
             return (step,)
         match = self._sum.match(node)
-        if isinstance(match, Rejection):
+        if isinstance(match, Mismatch):
             return ()
         (left, left_base), (right, right_base) = (self._scales_to(operand) for operand, _ in match.addends)
         # x - c * x, which is (1 - c) * x.

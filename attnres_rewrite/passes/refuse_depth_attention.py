@@ -10,7 +10,7 @@ from attnres_rewrite.errors import UnsupportedResidualError
 from attnres_rewrite.graph.extent import Extent
 from attnres_rewrite.graph.nodes import module_path, source_line
 from attnres_rewrite.passes.base import Pass, Refusal
-from attnres_rewrite.patterns.base import Rejection
+from attnres_rewrite.patterns.base import Mismatch
 from attnres_rewrite.patterns.depth_attention import ATTENDS_OVER_DEPTH, DepthAttention
 
 
@@ -20,7 +20,7 @@ class RefuseDepthAttention(Pass):
     def call(self, module: GraphModule, extents: Sequence[Extent]) -> tuple[Refusal, ...]:
         """The refusal, if there is one; ``module`` is not changed."""
         found = DepthAttention().match(module.graph, extents)
-        if isinstance(found, Rejection):
+        if isinstance(found, Mismatch):
             return ()
         error = UnsupportedResidualError(f"{ATTENDS_OVER_DEPTH} (at {source_line(found)})")
         return (Refusal(module_path(found), error),)

@@ -14,7 +14,7 @@ from attnres_rewrite.passes.base import Pass, Refusal
 from attnres_rewrite.passes.find_streams import StreamAnalysis
 from attnres_rewrite.passes.nesting import Nesting
 from attnres_rewrite.patterns import through_transparent
-from attnres_rewrite.patterns.base import Rejection
+from attnres_rewrite.patterns.base import Mismatch
 from attnres_rewrite.patterns.operators import is_dropout
 from attnres_rewrite.patterns.piece import Piece
 from attnres_rewrite.patterns.refusal import (
@@ -58,18 +58,18 @@ class RefuseNonSums(Pass):
     def call(self, module: GraphModule, analysis: StreamAnalysis) -> tuple[Refusal, ...]:
         """The refusals, the most telling first; ``module`` is not changed."""
         found, index = analysis.values, analysis.values.index
-        reasons = [Rejection(SHARED, add) for add in found.shared]
-        reasons += [Rejection(OVERWRITTEN, node) for stream in analysis.streams for node in _overwriting(stream, index)]
+        reasons = [(SHARED, add) for add in found.shared]
+        reasons += [(OVERWRITTEN, node) for stream in analysis.streams for node in _overwriting(stream, index)]
         # To a chain of adds that is a branch of a gated stream, that one looks like a bias.
         steps = (value.step for value in found.values.values() if value.step is not None)
         biased = [step.node for step in steps if any(addend.kind == "bias" for addend in step.addends)]
         reasons += _broken(analysis.pieces, [*found.rejected, *biased], index)
-        reasons += [Rejection(REVERSIBLE, root) for root in _coupled(analysis)]
+        reasons += [(REVERSIBLE, root) for root in _coupled(analysis)]
         if not reasons and not analysis.streams:
             return (Refusal("", _no_stream(analysis)),)
         return tuple(
-            Refusal(module_path(r.node), UnsupportedResidualError(f"{r.reason} (at {source_line(r.node)})"))
-            for r in reasons
+            Refusal(module_path(node), UnsupportedResidualError(f"{reason} (at {source_line(node)})"))
+            for reason, node in reasons
         )
 
     def summary(self, result: tuple[Refusal, ...]) -> str:
@@ -77,7 +77,7 @@ class RefuseNonSums(Pass):
         return f"{len(result)} refusals"
 
 
-def _broken(pieces: Sequence[Piece], rejected: Sequence[Node], index: dict[Node, int]) -> list[Rejection]:
+def _broken(pieces: Sequence[Piece], rejected: Sequence[Node], index: dict[Node, int]) -> list[tuple[str, Node]]:
     """What the residual connections of a graph are that are no stream, or break one into pieces.
 
     A stream that goes on behind a norm or a gate is found in pieces, of which any may be a single add. So
@@ -89,28 +89,28 @@ def _broken(pieces: Sequence[Piece], rejected: Sequence[Node], index: dict[Node,
         index: The topological order.
 
     Returns:
-        One rejection a piece or add, with its reason; none if all is well, or if no known reason applies.
+        A reason and its place for every piece or add; none if all is well, or if no known reason applies.
     """
     post_norm, transformed = [], []
     piece_of = {end: piece for piece in pieces for end in piece.ends}
     values = set().union(*(piece.values for piece in pieces)) - piece_of.keys()
     for piece in pieces:
         found = PostNorm().match(piece.root, piece_of.keys() - piece.ends, values - {piece.root})
-        if isinstance(found, Rejection):
+        if isinstance(found, Mismatch):
             continue
         norms = [continuation.norm for continuation in found if continuation.norm is not None]
         if len(norms) == len(found):
             # A norm between two towers is the first one's last.
             norms = [c.norm for c in found if c.norm is not None and piece_of[c.end].may_go_on_in(piece)]
         elif not norms:
-            transformed.append(Rejection(DROPPED if is_dropout(piece.root) else TRANSFORMED, piece.root))
+            transformed.append((DROPPED if is_dropout(piece.root) else TRANSFORMED, piece.root))
         # On some way there may be no norm, where one is written by hand: x * rsqrt(...).
-        post_norm += [Rejection(POST_NORM, norm) for norm in norms[:1]]
+        post_norm += [(POST_NORM, norm) for norm in norms[:1]]
 
     gates = [gate for add in rejected if isinstance(gate := GatedStream().match(add, index), GateMatch)]
     streams = [piece for piece in pieces if piece.is_stream]
     sure = [
-        Rejection(GATED, gate.product)
+        (GATED, gate.product)
         for gate in gates
         if any(value in piece_of for value in scaled_values(gate.stream))
         or any(gate.holds(piece, index) for piece in streams or pieces)
@@ -122,8 +122,8 @@ def _broken(pieces: Sequence[Piece], rejected: Sequence[Node], index: dict[Node,
         *sure,
         *post_norm,
         # Without a stream anything that looks like a gate is taken for one.
-        *(Rejection(GATED, gate.product) for gate in gates),
-        *(Rejection(HYPER_CONNECTIONS, mixing) for mixing in mixed),
+        *((GATED, gate.product) for gate in gates),
+        *((HYPER_CONNECTIONS, mixing) for mixing in mixed),
         *transformed,
     ]
 

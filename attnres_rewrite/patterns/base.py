@@ -11,7 +11,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class Rejection:
+class Mismatch:
     """Why a node does not match a pattern.
 
     Attributes:
@@ -32,6 +32,6 @@ class Pattern(Protocol, Generic[T_co]):
 
     name: str
 
-    def match(self, node: Node) -> T_co | Rejection:
+    def match(self, node: Node) -> T_co | Mismatch:
         """The parts of the pattern that ends in ``node``, or why it does not match."""
         ...

@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnres_rewrite.graph.extent import Extent
 from attnres_rewrite.graph.nodes import data_inputs, indices, is_float_tensor, op_name, require_tensor
-from attnres_rewrite.patterns.base import Rejection
+from attnres_rewrite.patterns.base import Mismatch
 from attnres_rewrite.patterns.operators import is_mixer
 from attnres_rewrite.patterns.transparent import through_transparent
 
@@ -75,7 +75,7 @@ class DepthAttention:
 
     name = "attention over depth"
 
-    def match(self, graph: Graph, extents: Sequence[Extent]) -> Node | Rejection:
+    def match(self, graph: Graph, extents: Sequence[Extent]) -> Node | Mismatch:
         """Where values first meet their weights, if anywhere on the way to a sublayer."""
         search = _Search(graph, extents)
         for node in graph.nodes:
@@ -85,7 +85,7 @@ class DepthAttention:
         for node, meeting in search.meetings:
             if search.is_read_by_a_layer(node, meeting):
                 return node
-        return Rejection("no values of different depths meet weights that compute from them", next(iter(graph.nodes)))
+        return Mismatch("no values of different depths meet weights that compute from them", next(iter(graph.nodes)))
 
 
 class _Search:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from attnres_rewrite.graph.nodes import require_tensor, same_shape
-from attnres_rewrite.patterns.base import Rejection
+from attnres_rewrite.patterns.base import Mismatch
 from attnres_rewrite.patterns.linear_sum import LinearSum
 from attnres_rewrite.patterns.stream_scale import StreamScale
 from attnres_rewrite.patterns.transparent import through_transparent
@@ -15,13 +15,13 @@ from attnres_rewrite.streams import Addend, Step
 def linear_step(node: Node) -> Step | None:
     """The scale, or the bias that is broadcast, by which ``node`` is a function of one other tensor."""
     scale = StreamScale().match(node)
-    if not isinstance(scale, Rejection):
+    if not isinstance(scale, Mismatch):
         source = through_transparent(scale.source)
         if isinstance(scale.factor, Node):
             return Step(node, (Addend("value", source),), scale.factor, scale.divides)
         return Step(node, (Addend("value", source, scale.factor),))
     match = LinearSum().match(node)
-    if isinstance(match, Rejection):
+    if isinstance(match, Mismatch):
         return None
     result = require_tensor(node)
     wide = [same_shape(require_tensor(operand), result) for operand, _ in match.addends]

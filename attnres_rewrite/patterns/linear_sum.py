@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from attnres_rewrite.graph.nodes import is_float_tensor
-from attnres_rewrite.patterns.base import Rejection
+from attnres_rewrite.patterns.base import Mismatch
 
 aten = torch.ops.aten
 
@@ -47,20 +47,20 @@ class LinearSum:
 
     name = "sum"
 
-    def match(self, node: Node) -> SumMatch | Rejection:
+    def match(self, node: Node) -> SumMatch | Mismatch:
         """The operands of the sum ``node``."""
         if not is_sum(node):
-            return Rejection("not a sum", node)
+            return Mismatch("not a sum", node)
         named = [node.kwargs[key] for key in ("input", "other", "end", "weight") if key in node.kwargs]
         left, right, third = [*node.args, *named, None, None][:3]
         if not (isinstance(left, Node) and isinstance(right, Node)):
-            return Rejection("one operand is a number", node)
+            return Mismatch("one operand is a number", node)
         if not (is_float_tensor(left) and is_float_tensor(right) and is_float_tensor(node)):
-            return Rejection("an operand is not a float tensor", node)
+            return Mismatch("an operand is not a float tensor", node)
         is_weighted = node.target in _INTERPOLATIONS
         number = third if is_weighted else node.kwargs.get("alpha", 1 if third is None else third)
         if not isinstance(number, (int, float)):
-            return Rejection("the weight is not a number" if is_weighted else "alpha is not a number", node)
+            return Mismatch("the weight is not a number" if is_weighted else "alpha is not a number", node)
         number = float(number)
         if is_weighted:
             return SumMatch(((left, 1.0 - number), (right, number)))

@@ -16,7 +16,7 @@ from attnres_rewrite.graph.nodes import (
     same_shape,
     submodule_of,
 )
-from attnres_rewrite.patterns.base import Rejection
+from attnres_rewrite.patterns.base import Mismatch
 from attnres_rewrite.patterns.linear_sum import LinearSum
 from attnres_rewrite.patterns.operators import is_mixer
 from attnres_rewrite.patterns.piece import Piece
@@ -64,7 +64,7 @@ class PostNorm:
 
     name = "post-norm"
 
-    def match(self, root: Node, ends: Container[Node], stops: Container[Node]) -> list[Continuation] | Rejection:
+    def match(self, root: Node, ends: Container[Node], stops: Container[Node]) -> list[Continuation] | Mismatch:
         """Which of the chain ends lead to ``root`` without a sublayer between, and the norm on every way.
 
         Args:
@@ -86,7 +86,7 @@ class PostNorm:
             fresh = [n for n in data_inputs(node) if (n, norm is not None) not in seen]
             seen.update((n, norm is not None) for n in fresh)
             pending.extend((n, norm) for n in fresh)
-        return found or Rejection("no other chain of adds leads here but through a sublayer", root)
+        return found or Mismatch("no other chain of adds leads here but through a sublayer", root)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ class GatedStream:
 
     name = "gated stream"
 
-    def match(self, add: Node, index: dict[Node, int]) -> GateMatch | Rejection:
+    def match(self, add: Node, index: dict[Node, int]) -> GateMatch | Mismatch:
         """The multiplication by the gate, if ``add`` adds a branch to a gated stream."""
         for operand, branch in _both_ways(add):
             for product in scaled_values(operand):
@@ -129,7 +129,7 @@ class GatedStream:
                     stream = through_transparent(stream)
                     if _computes_from(gate, stream, index) and _computes_from(branch, stream, index):
                         return GateMatch(product, stream, branch)
-        return Rejection("no operand is a gated stream", add)
+        return Mismatch("no operand is a gated stream", add)
 
 
 class HyperConnections:
@@ -145,7 +145,7 @@ class HyperConnections:
 
     name = "hyper-connections"
 
-    def match(self, add: Node, index: dict[Node, int]) -> Node | Rejection:
+    def match(self, add: Node, index: dict[Node, int]) -> Node | Mismatch:
         """The mixing, if ``add`` adds a branch to mixed streams."""
         for mixed, branch in _both_ways(add):
             mixed = through_transparent(mixed)
@@ -156,13 +156,13 @@ class HyperConnections:
             streams = (through_transparent(source) for source in data_inputs(mixed) if _is_wide(source, mixed))
             if any(_computes_from(branch, stream, index) for stream in streams):
                 return mixed
-        return Rejection("no operand is a mixture of streams", add)
+        return Mismatch("no operand is a mixture of streams", add)
 
 
 def _both_ways(add: Node) -> tuple[tuple[Node, Node], ...]:
     """The operands of a sum of two tensors of one shape, in either order."""
     match = LinearSum().match(add)
-    if isinstance(match, Rejection) or len(match.addends) != 2:
+    if isinstance(match, Mismatch) or len(match.addends) != 2:
         return ()
     (left, _), (right, _) = match.addends
     if not same_shape(require_tensor(left), require_tensor(right)):

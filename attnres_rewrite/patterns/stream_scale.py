@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from attnres_rewrite.graph.nodes import is_float_tensor, op_name, require_tensor, same_shape, tensor_of
-from attnres_rewrite.patterns.base import Rejection
+from attnres_rewrite.patterns.base import Mismatch
 from attnres_rewrite.patterns.transparent import through_transparent
 
 aten = torch.ops.aten
@@ -54,22 +54,22 @@ class StreamScale:
 
     name = "stream scale"
 
-    def match(self, node: Node) -> ScaleMatch | Rejection:
+    def match(self, node: Node) -> ScaleMatch | Mismatch:
         """The operands of the scaling ``node``, the one with the node's own shape first."""
         if node.op not in ("call_function", "call_method") or node.kwargs or not is_float_tensor(node):
-            return Rejection("not a plain operation of float tensors", node)
+            return Mismatch("not a plain operation of float tensors", node)
         if node.target in _NEGATIONS:
-            return ScaleMatch(node.args[0], -1.0) if is_float_tensor(node.args[0]) else Rejection("no float", node)  # type: ignore[arg-type]
+            return ScaleMatch(node.args[0], -1.0) if is_float_tensor(node.args[0]) else Mismatch("no float", node)  # type: ignore[arg-type]
         divides = node.target in _DIVISIONS
         if not (divides or node.target in _MULTIPLICATIONS) or len(node.args) != 2:
-            return Rejection("not a multiplication, division or negation", node)
+            return Mismatch("not a multiplication, division or negation", node)
         left, right = node.args
         for source, factor in ((left, right),) if divides else ((left, right), (right, left)):
             if isinstance(source, Node) and is_float_tensor(source) and _is_factor(factor, divides):
                 before, after = require_tensor(source), require_tensor(node)
                 if same_shape(before, after) and not _as_wide(factor, after):
                     return _scaled_by(source, factor, divides)
-        return Rejection("no operand has the shape of the result", node)
+        return Mismatch("no operand has the shape of the result", node)
 
 
 def _is_factor(factor: object, divides: bool) -> TypeGuard[Node | float]:

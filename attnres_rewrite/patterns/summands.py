@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch.fx import Node
 
-from attnres_rewrite.patterns.base import Rejection
+from attnres_rewrite.patterns.base import Mismatch
 from attnres_rewrite.patterns.linear_sum import LinearSum
 from attnres_rewrite.patterns.stream_scale import ScaleMatch, StreamScale
 from attnres_rewrite.patterns.transparent import through_transparent
@@ -35,8 +35,8 @@ def summands(node: Node, depends_on: Callable[..., bool], index: Mapping[Node, i
             continue
         found.add(current)
         scale, match = StreamScale().match(current), LinearSum().match(current)
-        if not isinstance(scale, Rejection) and not is_own_gate(scale):
+        if not isinstance(scale, Mismatch) and not is_own_gate(scale):
             pending.append(through_transparent(scale.source))
-        if not isinstance(match, Rejection):
+        if not isinstance(match, Mismatch):
             pending += [through_transparent(operand) for operand, _ in match.addends]
     return frozenset(found)

@@ -17,7 +17,7 @@ from attnres_rewrite.graph.nodes import (
     same_shape,
     submodule_of,
 )
-from attnres_rewrite.patterns.base import Rejection
+from attnres_rewrite.patterns.base import Mismatch
 from attnres_rewrite.patterns.linear_sum import is_add
 
 _CASTS = frozenset("to float double half bfloat16 type_as _to_copy convert_element_type".split())
@@ -38,18 +38,18 @@ class Transparent:
 
     name = "transparent operation"
 
-    def match(self, node: Node) -> Node | Rejection:
+    def match(self, node: Node) -> Node | Mismatch:
         """The node whose value ``node`` passes on."""
         source = _unchanged(node) or _copied_or_viewed(node)
         if source is None:
-            return Rejection("not a transparent operation", node)
+            return Mismatch("not a transparent operation", node)
         if not (is_float_tensor(source) and is_float_tensor(node)):
-            return Rejection("not a float tensor in and out", node)
+            return Mismatch("not a float tensor in and out", node)
         before, after = require_tensor(source), require_tensor(node)
         if not _is_view(node) and not same_shape(before, after):
-            return Rejection("the shape changes", node)
+            return Mismatch("the shape changes", node)
         if not statically_known_true(before.shape[-1] == after.shape[-1]):
-            return Rejection("the last dimension changes", node)
+            return Mismatch("the last dimension changes", node)
         return source
 
 
