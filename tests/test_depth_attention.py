@@ -87,11 +87,36 @@ def test_other_weights_that_compute_from_the_values(kind: Callable[[], nn.Module
     assert line in str(raised.value)
 
 
-# The last value times its weight, with the others added, looks like a gated stream.
-@pytest.mark.parametrize("spelling", sorted(READS.keys() - {"loop"}))
+# In a loop, the last value times its weight, with the others added, looks like a gated stream.
+@pytest.mark.parametrize("spelling", READS)
 def test_a_mix_of_all_layers_after_the_last_is_read_by_no_layer(spelling: str) -> None:
     (stream,) = ar.explain(MixAtTheEnd(READS[spelling]), 2, example_inputs=IDS).streams
     assert stream.branches == 2 * LAYERS
+
+
+class Interpolated(Stream):
+    """A gate chooses between the first and the last value, before the last layer or after it."""
+
+    def __init__(self, gated_before: int) -> None:
+        super().__init__()
+        self.gated_before = gated_before
+
+    def run(self, x: Tensor) -> Tensor:
+        first = x
+        for i in range(LAYERS + 1):
+            if i == self.gated_before:
+                gate = torch.sigmoid(self.gates[0](x))
+                x = gate * x + (1 - gate) * first
+            x = self.layers[i](x) if i < LAYERS else x
+        return x
+
+
+def test_a_gate_between_two_values_after_the_last_layer_is_none_of_the_stream() -> None:
+    (stream,) = ar.explain(Interpolated(LAYERS), 2, example_inputs=IDS).streams
+    assert stream.branches == 2 * LAYERS
+    for before in range(1, LAYERS):
+        with pytest.raises(ar.UnsupportedResidualError, match=f"{REASON}|changed between its adds"):
+            ar.explain(Interpolated(before), 2, example_inputs=IDS)
 
 
 class Experts(Stream):

@@ -26,7 +26,9 @@ from attnres_rewrite.graph.nodes import (
     source_line,
 )
 from attnres_rewrite.passes.base import Pass
+from attnres_rewrite.patterns.base import Mismatch
 from attnres_rewrite.patterns.layer_list import Layer, layer_lists
+from attnres_rewrite.patterns.mixture import Mixture
 from attnres_rewrite.patterns.operators import is_convolution, is_mixer
 from attnres_rewrite.patterns.stream_scale import scaled_values
 from attnres_rewrite.streams import RejectedAdd
@@ -94,6 +96,7 @@ def _left_out_adds(graph: Graph, extents: Sequence[Extent], reasons: dict[Node, 
     index, writers = indices(graph), writers_of(graph)
     values = frozenset[Node]().union(*(extent.values for extent in extents))
     accounted = set[Node]().union(*(extent.accounted for extent in extents))
+    on_streams = values.union(extent.stream.root for extent in extents)
     states, live = set[Node](), _live(graph)
     begin = min((index[extent.stream.root] for extent in extents), default=0)
     for node in graph.nodes:
@@ -102,6 +105,7 @@ def _left_out_adds(graph: Graph, extents: Sequence[Extent], reasons: dict[Node, 
             or node not in live
             or (base := added_to(node, index, values, writers)) is None
             or _is_of_another_kind(node)
+            or not isinstance(Mixture().match(node, on_streams), Mismatch)
             or (index[node] < begin and _is_part(base))
         ):
             continue

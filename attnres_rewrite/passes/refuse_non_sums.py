@@ -15,6 +15,7 @@ from attnres_rewrite.passes.find_streams import StreamAnalysis
 from attnres_rewrite.passes.nesting import Nesting
 from attnres_rewrite.patterns import through_transparent
 from attnres_rewrite.patterns.base import Mismatch
+from attnres_rewrite.patterns.mixture import Mixture
 from attnres_rewrite.patterns.operators import is_dropout
 from attnres_rewrite.patterns.piece import Piece
 from attnres_rewrite.patterns.refusal import (
@@ -107,7 +108,10 @@ def _broken(pieces: Sequence[Piece], rejected: Sequence[Node], index: dict[Node,
         # On some way there may be no norm, where one is written by hand: x * rsqrt(...).
         post_norm += [(POST_NORM, norm) for norm in norms[:1]]
 
-    gates = [gate for add in rejected if isinstance(gate := GatedStream().match(add, index), GateMatch)]
+    # A head's sum of the layers' outputs, by weights that compute from them, gates no stream.
+    on_streams = set().union(*(piece.values | {piece.root} for piece in pieces))
+    adds = [add for add in rejected if isinstance(Mixture().match(add, on_streams), Mismatch)]
+    gates = [gate for add in adds if isinstance(gate := GatedStream().match(add, index), GateMatch)]
     streams = [piece for piece in pieces if piece.is_stream]
     sure = [
         (GATED, gate.product)
