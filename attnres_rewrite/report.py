@@ -7,6 +7,7 @@ from typing import Any
 
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.graph.nodes import require_tensor, source_line
+from attnres_rewrite.passes.reads_without_norm import reads_without_norm
 from attnres_rewrite.pipeline import Analysis
 from attnres_rewrite.streams import StreamPlan, rejected_lines
 
@@ -24,6 +25,8 @@ class StreamReport:
         sources: Number of sources of every site.
         parameters: Number of parameters that are added.
         bytes_per_token: Memory that the block summaries take while the forward runs, in bytes a token.
+        without_norm: Where a read is not followed by a norm: with ``aggregation="mean"`` the model does not start as it
+            was there.
     """
 
     owner: str
@@ -34,6 +37,7 @@ class StreamReport:
     sources: tuple[int, ...]
     parameters: int
     bytes_per_token: int
+    without_norm: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +85,7 @@ def _stream_lines(stream: StreamReport) -> list[str]:
         span = layers[0] if len(layers) == 1 else f"{layers[0]} ... {layers[-1]}"
         lines.append(f"  {number:5d}  {span}")
     lines.append(f"  sources per site: {' '.join(map(str, stream.sources))}")
+    lines += [f"  read without a norm: {where}" for where in stream.without_norm]
     return lines
 
 
@@ -92,6 +97,7 @@ def make_report(analysis: Analysis, config: AttnResConfig, parameters: int) -> R
 
 def _stream(plan: StreamPlan, config: AttnResConfig) -> StreamReport:
     root = require_tensor(plan.stream.root)
+    on_stream = {step.node for step in plan.stream.steps}
     per_site = plan.stream.width * (2 if config.key_gain else 1)
     layer_and_block = tuple(zip(plan.layer_of, plan.block_of, strict=True))
     blocks = tuple(
@@ -107,4 +113,5 @@ def _stream(plan: StreamPlan, config: AttnResConfig) -> StreamReport:
         sources=plan.sources,
         parameters=per_site * len(plan.stream.branches),
         bytes_per_token=(plan.blocks + 1) * plan.stream.width * root.element_size(),
+        without_norm=tuple(reads_without_norm((branch.value for branch in plan.stream.branches), on_stream)),
     )

@@ -213,7 +213,7 @@ def test_rewrite_says_which_reads_have_no_norm(caplog, form, make) -> None:
     with caplog.at_level(logging.WARNING, "attnres_rewrite"):
         FORMS[form](prepared(make(4)))
     assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith("1 reads of a residual stream are not followed by a norm, the first at ")
+    assert caplog.messages[0].startswith("a residual stream is read without a norm at ")
     assert 'AttnResConfig(aggregation="sum") starts as it was everywhere' in caplog.messages[0]
 
 
@@ -227,6 +227,7 @@ def test_norms_are_recognised(caplog, form, make) -> None:
 
 @pytest.mark.parametrize("make", [llama, gpt2, gpt_neox, opt, Encoder])
 def test_norms_of_known_models_are_recognised(caplog, make) -> None:
+    assert [stream.without_norm for stream in ar.explain(make(2), 2).streams] == [()]
     with caplog.at_level(logging.WARNING, "attnres_rewrite"):
         ar.rewrite(make(2), 2, backend="eager")
     assert [record for record in caplog.records if record.name.startswith("attnres_rewrite")] == []
@@ -235,12 +236,14 @@ def test_norms_of_known_models_are_recognised(caplog, make) -> None:
 @pytest.mark.parametrize("make", [NoLastNorm, Taken])
 def test_verify_judges_the_aggregation_of_the_model(make) -> None:
     x = embeddings()
+    (stream,) = ar.explain(prepared(make(4)), 2, example_inputs=x).streams
     mean = ar.verify(ar.rewrite(prepared(make(4)), 2, example_inputs=x, backend="eager"), x)
     assert not mean
     assert mean.sum_difference <= mean.tolerance
     assert mean.difference > 0.1
     assert len(mean.without_norm) == 1
-    assert "not followed by a norm" in str(mean)
+    assert stream.without_norm == tuple(mean.without_norm)
+    assert "is read without a norm at" in str(mean)
     config = ar.AttnResConfig(2, aggregation="sum")
     summed = ar.verify(ar.rewrite(prepared(make(4)), config=config, example_inputs=x, backend="eager"), x)
     assert summed

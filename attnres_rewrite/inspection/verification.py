@@ -145,7 +145,7 @@ class _VerifyingBackend(AttnResBackend):
 
     def inserted(self, sites: list[Site]) -> None:
         self.sites += len(sites)
-        self.without_norm += reads_without_norm(sites)
+        self.without_norm += reads_without_norm(site.read for site in sites)
 
 
 def verify(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Verification:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from torch.fx import Node
 
@@ -21,34 +21,40 @@ _SHAPE_ONLY = frozenset("size shape dim getattr sym_size new_zeros zeros_like".s
 _DEEPEST = 8
 
 
-def reads_without_norm(sites: Iterable[Site]) -> list[str]:
-    """Source line, with its module, of every reader of a site that is no norm; each line once."""
-    found = (reader for site in sites for reader in _readers(site.read) if not _normalises(reader, site.read))
+def reads_without_norm(values: Iterable[Node], on_stream: Container[Node] = ()) -> list[str]:
+    """Source line, with its module, of every reader of one of ``values`` that is no norm; each line once.
+
+    Args:
+        values: The results of the sites; before there are any, the values that they will be the reads of.
+        on_stream: What goes on with the stream, and does not read it.
+    """
+    found = (reader for value in values for reader in _readers(value, on_stream) if not _normalises(reader, value))
     return list(dict.fromkeys("the output of the model" if n.op == "output" else source_line(n) for n in found))
 
 
 def tell_reads_without_norm(sites: Sequence[Site], config: AttnResConfig) -> None:
     """Log a warning of the reads of a new rewrite that are no longer what they were."""
-    if config.aggregation == "mean" and (found := reads_without_norm(sites)):
+    if config.aggregation == "mean" and (found := reads_without_norm(site.read for site in sites)):
         _logger.warning("%s", explanation(found))
 
 
 def explanation(found: Sequence[str]) -> str:
     """What it means that the reads ``found`` are not followed by a norm."""
     return (
-        f"{len(found)} reads of a residual stream are not followed by a norm, the first at {found[0]}: with "
-        'aggregation="mean" (the paper\'s) a read is the average of its sources, with zero queries the plain stream '
-        "divided by their number. A norm takes that factor out; here it stays, so the model does not start as it was. "
-        'AttnResConfig(aggregation="sum") starts as it was everywhere'
+        f"a residual stream is read without a norm at {found[0]}"
+        + (f" and at {len(found) - 1} more lines" if len(found) > 1 else "")
+        + ': with aggregation="mean" (the paper\'s) a read is the average of its sources, with zero queries the plain '
+        "stream divided by their number. A norm takes that factor out; here it stays, so the model does not start as "
+        'it was. AttnResConfig(aggregation="sum") starts as it was everywhere'
     )
 
 
-def _readers(value: Node) -> list[Node]:
+def _readers(value: Node, on_stream: Container[Node] = ()) -> list[Node]:
     """What computes from ``value``, directly or behind transparent operations."""
     readers, pending, seen = [], [value], {value}
     while pending:
         for user in pending.pop().users:
-            if user in seen:
+            if user in seen or user in on_stream:
                 continue
             seen.add(user)
             if isinstance(Transparent().match(user), Node):
