@@ -363,6 +363,12 @@ def remove_pre_hooks(module: torch.nn.Module, kind: type) -> None:
         module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether something runs before or after the forward of ``module``, or its backward."""
+    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return any(getattr(module, kind, None) for kind in kinds)
+
+
 def unfused(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call ``function`` with the fused kernel of ``nn.TransformerEncoderLayer`` off.
 

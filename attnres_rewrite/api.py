@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from attnres_rewrite import _compat
-from attnres_rewrite.capture.dynamo import Capture, capture, capture_whole
+from attnres_rewrite.capture.dynamo import Capture, capture
 from attnres_rewrite.capture.inputs import Call, ExampleInputs, as_it_was, example_call, uncompiled
 from attnres_rewrite.config import AttnResConfig, Blocks
 from attnres_rewrite.errors import UnsupportedResidualError
 from attnres_rewrite.forms.anchor import AnchorSpec
-from attnres_rewrite.forms.backend import AttnResBackend, rewrite_captured
+from attnres_rewrite.forms.backend import AttnResBackend
 from attnres_rewrite.forms.exported import rewrite_exported
 from attnres_rewrite.forms.graph_module import rewrite_graph_module, with_metadata
 from attnres_rewrite.forms.layer_guard import layers_of
 from attnres_rewrite.forms.live import install, live_forwards, require_live, uninstall
 from attnres_rewrite.forms.live_state import LiveState
 from attnres_rewrite.forms.output_hooks import make_hooks_traceable
+from attnres_rewrite.forms.rehearsal import rewrite_ahead, runs_as_captured, trace_ahead
 from attnres_rewrite.passes.reads_without_norm import tell_reads_without_norm
 from attnres_rewrite.pipeline import Analysis, analyse
 from attnres_rewrite.report import Report, make_report
@@ -121,29 +121,30 @@ def _rewrite_live(
     widths = [[p.stream.width for p in plans for _ in p.stream.branches] for plans in owners.values()]
     layers = {owner: set[str]().union(*(layers_of(plan.stream) for plan in plans)) for owner, plans in owners.items()}
     state = LiveState(attnres, compile_options, scalars=captured.scalars, whole=captured.whole)
+    ahead = analysis.plans if runs_as_captured(model, captured, owners) else ()
     install(model, specs, widths, layers, state)
     try:
-        _rehearse(model, example_call(model, example_inputs), captured, config)
+        _rehearse(model, example_call(model, example_inputs), captured, ahead, config)
     except BaseException:
         uninstall(model)
         raise
     return model
 
 
-def _rehearse(model: nn.Module, call: Call, captured: Capture, config: AttnResConfig) -> None:
-    """Rewrite the graph of the model's first call ahead of it, so that what would fail then fails now.
+def _rehearse(
+    model: nn.Module, call: Call, captured: Capture, ahead: Sequence[StreamPlan], config: AttnResConfig
+) -> None:
+    """Rewrite a graph of the model's first call ahead of it: the captured one, where that is what will run.
 
-    Not for a model that is known to break, outside its streams; nor for one on the meta device, which has no weights to
-    be called with.
+    Args:
+        model: The rewritten model.
+        call: Its first call.
+        captured: What was captured of the call before the rewrite.
+        ahead: The plans of the captured graph; none if another one will run.
+        config: The configuration of the rewrite.
     """
-    if not captured.whole or any(parameter.is_meta for parameter in model.parameters()):
-        return
-    try:
-        module = capture_whole(model, call, scalars=captured.scalars)
-    except _compat.graph_break_types():
-        # Breaks outside the streams, which capture() found harmless.
-        return
-    tell_reads_without_norm(rewrite_captured(module), config)
+    sites = rewrite_ahead(captured, ahead, config) if ahead else trace_ahead(model, call, captured)
+    tell_reads_without_norm(sites, config)
 
 
 def analyse_module(model: nn.Module, config: AttnResConfig, example_inputs: ExampleInputs | None) -> Analysis:

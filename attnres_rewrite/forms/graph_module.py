@@ -26,7 +26,7 @@ def rewrite_graph_module(
         UnsupportedResidualError, NoResidualStreamError, BlockPartitionError: As in ``rewrite``.
     """
     module = with_metadata(module, example_inputs)
-    plans, maker = analyse([module], config).plans, _SiteMaker(module, config)
+    plans, maker = analyse([module], config).plans, SiteMaker(module, config)
     sites = [site for plan in plans for site in insert(module, plan, maker.parameters(plan), config)]
     tell_reads_without_norm(sites, config)
     return module
@@ -91,7 +91,7 @@ def _propagate(module: GraphModule, arguments: list[object]) -> None:
         raise ExampleInputsError(f"the GraphModule does not run on the example inputs: {error}") from error
 
 
-class _SiteMaker:
+class SiteMaker:
     """Adds sites to a graph module, as submodules and as nodes that read them before anything is computed."""
 
     def __init__(self, module: GraphModule, config: AttnResConfig) -> None:

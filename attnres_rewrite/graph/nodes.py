@@ -187,13 +187,13 @@ def module_path(node: Node) -> str:
     return stack[-1] if stack else ""
 
 
-_HERE = str(Path(__file__).parent)
+_PACKAGE = str(Path(__file__).parents[1])
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
 
 
 def source_line(node: Node) -> str:
     """Where in the user's code ``node`` comes from, as ``module: file:line: code``."""
-    frames = [frame for frame in _FRAME.findall(node.stack_trace or "") if not frame[0].startswith(_HERE)]
+    frames = [frame for frame in _FRAME.findall(node.stack_trace or "") if not frame[0].startswith(_PACKAGE)]
     where = f"module {module_path(node) or '(root)'!r}"
     if not frames:
         return f"{where}: node {node.name} ({op_name(node)})"
