@@ -1,15 +1,19 @@
 """Block Attention Residuals (arXiv:2603.15031) for the transformer you already have."""
 
+import importlib
+
 # Before anything of this package: where TORCH_LOGS names a module of it, torch imports that one when it is done itself.
 import torch
 
 from attnres_rewrite import _compat, ops
 from attnres_rewrite._version import __version__ as __version__
 from attnres_rewrite.api import attnres_parameters, explain, rewrite, undo
+from attnres_rewrite.checkpoints import from_pretrained, save_pretrained
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import (
     AttnResError,
     BlockPartitionError,
+    CheckpointError,
     ExampleInputsError,
     GraphBreakError,
     MissingPackageError,
@@ -30,6 +34,7 @@ __all__ = [
     "AttnResConfig",
     "AttnResError",
     "BlockPartitionError",
+    "CheckpointError",
     "DepthAttention",
     "ExampleInputsError",
     "GraphBreakError",
@@ -46,10 +51,16 @@ __all__ = [
     "disabled",
     "explain",
     "export_onnx",
+    "from_pretrained",
     "rewrite",
+    "save_pretrained",
     "undo",
     "verify",
 ]
 
 _compat.register_backend("attnres", attnres_backend)
+# So that transformers knows the folders of rewritten models; it is not imported for that.
+_compat.after_import(
+    "transformers.quantizers.auto", lambda _: importlib.import_module("attnres_rewrite.huggingface.loading")
+)
 del ops, torch

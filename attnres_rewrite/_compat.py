@@ -58,10 +58,7 @@ def register_inductor_decomposition(op: torch._ops.OpOverload, decomposition: Ca
     imports it: a rewritten program that was loaded from a file is compiled without any other part of this package.
     """
     _expansions[op] = decomposition
-    if _INDUCTORS_TABLE in sys.modules:
-        _fill_table(sys.modules[_INDUCTORS_TABLE])
-    elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _OnImport())
+    after_import(_INDUCTORS_TABLE, _fill_table)
 
 
 def _fill_table(table: Any) -> None:
@@ -70,11 +67,22 @@ def _fill_table(table: Any) -> None:
     table.fast_random_decomps.cache_clear()
 
 
+def after_import(name: str, action: Callable[[Any], object]) -> None:
+    """Call ``action`` with the module ``name``: now if it is imported, else right after it is, whoever imports it."""
+    if name in sys.modules:
+        action(sys.modules[name])
+    elif not any(isinstance(finder, _OnImport) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _OnImport(name, action))
+
+
 class _OnImport(importlib.abc.MetaPathFinder):
-    """Fills Inductor's table of decompositions right after it is imported."""
+    """Does something with a module right after it is imported."""
+
+    def __init__(self, name: str, action: Callable[[Any], object]) -> None:
+        self.name, self.action = name, action
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != _INDUCTORS_TABLE:
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -82,11 +90,11 @@ class _OnImport(importlib.abc.MetaPathFinder):
         assert spec.loader is not None
         execute = spec.loader.exec_module
 
-        def execute_and_fill(module: types.ModuleType) -> None:
+        def execute_and_act(module: types.ModuleType) -> None:
             execute(module)
-            _fill_table(module)
+            self.action(module)
 
-        spec.loader.exec_module = execute_and_fill  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
         return spec
 
 
@@ -361,6 +369,13 @@ def remove_pre_hooks(module: torch.nn.Module, kind: type) -> None:
     for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, kind)]:
         del module._forward_pre_hooks[key]
         module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def remove_load_hooks(module: torch.nn.Module, kind: type) -> None:
+    """Take the pre-hooks of ``load_state_dict`` that are a ``kind`` off ``module``."""
+    hooks = module._load_state_dict_pre_hooks
+    for key in [key for key, wrapped in hooks.items() if isinstance(getattr(wrapped, "hook", None), kind)]:
+        del hooks[key]
 
 
 def has_hooks(module: torch.nn.Module) -> bool:

@@ -23,6 +23,7 @@ from attnres_rewrite.forms.live import install, live_forwards, require_live, uni
 from attnres_rewrite.forms.live_state import LiveState
 from attnres_rewrite.forms.output_hooks import make_hooks_traceable
 from attnres_rewrite.forms.rehearsal import rewrite_ahead, runs_as_captured, trace_ahead
+from attnres_rewrite.huggingface.saving import install_saving, uninstall_saving
 from attnres_rewrite.passes.reads_without_norm import tell_reads_without_norm
 from attnres_rewrite.pipeline import Analysis, analyse
 from attnres_rewrite.report import Report, make_report
@@ -128,6 +129,7 @@ def _rewrite_live(
     except BaseException:
         uninstall(model)
         raise
+    install_saving(model)
     return model
 
 
@@ -218,6 +220,7 @@ def undo(model: nn.Module) -> nn.Module:
         AttnResError: ``model`` is not a rewritten ``nn.Module``.
     """
     require_live(model, "undo")
+    uninstall_saving(model)
     uninstall(model)
     return model
 

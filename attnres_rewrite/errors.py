@@ -34,6 +34,10 @@ class ExampleInputsError(AttnResError, ValueError):
     """The example inputs are missing, or the model does not run on them."""
 
 
+class CheckpointError(AttnResError):
+    """Weights do not belong to the model that they are loaded into: their Attention Residuals are others, or none."""
+
+
 class OnnxExportError(AttnResError):
     """The model could not be exported, or ONNX Runtime computes something else than PyTorch."""
 

@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "attnres_rewrite"
 LAYERS = (
     ("cli", "demo", "bench", "named_models"),
     ("__init__",),
-    ("api",),
-    ("onnx", "inspection"),
+    ("api", "checkpoints"),
+    ("onnx", "inspection", "huggingface"),
     ("forms",),
     ("capture",),
     ("report",),

@@ -8,6 +8,7 @@ from attnres_rewrite import _compat
 from attnres_rewrite.capture.inputs import Call, ExampleInputs, example_call
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import ExampleInputsError
+from attnres_rewrite.forms.settings import SavedSettings
 from attnres_rewrite.forms.site_parameters import AttnResSite
 from attnres_rewrite.graph.nodes import GraphBuilder, op_name, require_tensor, source_line, tensor_of
 from attnres_rewrite.passes import SiteParameters
@@ -99,9 +100,15 @@ class SiteMaker:
         self.build = GraphBuilder(module)
         self.first = next(n for n in module.graph.nodes if n.op != "placeholder")
         self.counts: dict[str, int] = {}
+        self.settings: dict[str, SavedSettings] = {}
 
     def parameters(self, plan: StreamPlan) -> list[SiteParameters]:
         """One entry a site of ``plan``; streams of one owner number their sites on."""
+        owner = plan.stream.owner
+        if owner not in self.settings:
+            self.settings[owner] = SavedSettings(owner, self.config)
+            self.module.add_submodule(f"{owner}.attn_res".lstrip("."), self.settings[owner])
+        self.settings[owner].add(plan.block_sizes)
         start = self.counts.get(plan.stream.owner, 0)
         self.counts[plan.stream.owner] = start + len(plan.stream.branches)
         return [self._site(plan, i) for i in range(start, self.counts[plan.stream.owner])]

@@ -25,6 +25,7 @@ from attnres_rewrite.forms.backend import AttnResBackend
 from attnres_rewrite.forms.layer_guard import LayerGuard, install_guards, remove_guards
 from attnres_rewrite.forms.live_state import LiveState
 from attnres_rewrite.forms.output_hooks import OwnCompiledCall, install_output_hooks, make_hooks_traceable
+from attnres_rewrite.forms.settings import EXTRA_STATE
 from attnres_rewrite.forms.site_parameters import AttnResSite, AttnResSites
 
 
@@ -168,6 +169,17 @@ class TellsItsModule:
         return (_CalledOn(module), *args), kwargs
 
 
+class ChecksSettings:
+    """A pre-hook of a root's ``load_state_dict``: weights with other settings are refused before any is loaded."""
+
+    def __call__(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+        """Raise :class:`CheckpointError` for the first owner whose settings are others."""
+        for name, live in live_forwards(module):
+            sites: Any = live.attnres_owner.attn_res
+            if (state := state_dict.get(f"{prefix}{name}{'.' * bool(name)}attn_res.{EXTRA_STATE}")) is not None:
+                sites.set_extra_state(state)
+
+
 class RootCall:
     """The call of a model whose owners lie deeper, compiled: what surrounds them joins their graph."""
 
@@ -267,6 +279,12 @@ def run_through(model: nn.Module, call: Callable[[Callable[..., Any]], Any], bac
         return call(model)
 
 
+def set_backend(model: nn.Module, backend: str | Callable[..., Any]) -> None:
+    """Let ``backend`` compile the rewritten graphs of ``model``, of which none is compiled yet."""
+    for _, live in live_forwards(model):
+        live.state.backend.inner = backend
+
+
 def install(
     model: nn.Module,
     specs: Sequence[AnchorSpec],
@@ -299,6 +317,7 @@ def install(
         owner.forward = live
         owner.register_forward_pre_hook(TellsItsModule(), prepend=True, with_kwargs=True)
         install_guards(model, layers[spec.owner], LayerGuard(state, spec.owner, LiveForward.run_layers))
+    model.register_load_state_dict_pre_hook(ChecksSettings())
     if not any(spec.owner == "" for spec in specs):
         # What surrounds the owners (embedding, head, loss) is compiled with them as one graph.
         _compat.set_compiled_call(model, RootCall(model, state, specs[0].owner))
@@ -326,6 +345,7 @@ def uninstall(model: nn.Module) -> None:
         _compat.remove_pre_hooks(owner, TellsItsModule)
         taken, state.taken = [*taken, *state.taken], []
     remove_guards(model)
+    _compat.remove_load_hooks(model, ChecksSettings)
     for module in model.modules():
         if isinstance(module.__dict__.get("get_compiled_call"), OwnCompiledCall):
             del module.__dict__["get_compiled_call"]

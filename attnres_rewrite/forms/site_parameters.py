@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from attnres_rewrite import _compat
 from attnres_rewrite.errors import NotRewrittenError
-from attnres_rewrite.forms.anchor import not_rewritten_message
+from attnres_rewrite.forms.anchor import AnchorSpec, not_rewritten_message
+from attnres_rewrite.forms.settings import EXTRA_STATE, Settings, check_settings
 
 if TYPE_CHECKING:
     from attnres_rewrite.forms.live import LiveForward
@@ -68,6 +69,26 @@ class AttnResSites(nn.ModuleList):
     def flat(self) -> list[Tensor]:
         """Query and gain of every site, in the order in which the anchor takes them."""
         return [p for site in self for p in (site.query, site.gain) if p is not None]  # type: ignore[misc]
+
+    @property
+    def settings(self) -> Settings:
+        """What the sites compute, but for their parameters."""
+        return Settings.of(AnchorSpec.from_json(self.live.spec))
+
+    def get_extra_state(self) -> Tensor:
+        """The settings, which are saved with the parameters."""
+        return self.settings.to_tensor()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Compare the settings of parameters that are loaded; raises :class:`CheckpointError` if they are others."""
+        self.settings.require(Settings.from_tensor(state), self.owner)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        check_settings(state_dict, prefix, self.settings, self.owner, wanted=self.state.enabled)
+        if any(key.startswith(prefix) for key in state_dict):
+            # What version 0.1 saved lacks no more than this, of which the user was warned.
+            state_dict = {f"{prefix}{EXTRA_STATE}": self.get_extra_state(), **state_dict}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """As of every module, but not for ``torch.fx.symbolic_trace``.

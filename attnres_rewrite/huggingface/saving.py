@@ -1,0 +1,150 @@
+"""``save_pretrained`` of a rewritten model: the folder says what it holds, and is no plain model for anyone.
+
+``config.json`` gets the record of the rewrite as a ``quantization_config``, the one place of which transformers asks a
+registered class before it loads weights. Where that class is not registered, transformers warns and goes on. So the
+fields that every model needs to be built, the attention implementation and the activation, are replaced by a sentence
+that names this package: whoever does not know the record cannot build the model, and prints the sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from attnres_rewrite._version import __version__
+from attnres_rewrite.errors import CheckpointError
+from attnres_rewrite.forms.live import live_forwards
+from attnres_rewrite.forms.recorded import Recorded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+METHOD = "attnres_rewrite"
+MARK = "this model has Attention Residuals: pip install attnres-rewrite, and import attnres_rewrite before it is loaded"
+_ATTENTION, _METHOD = "attn_implementation", "save_pretrained"
+_CARD = """---
+library_name: transformers
+tags:
+- attention-residuals
+- attnres-rewrite
+---
+
+This model has Block Attention Residuals (arXiv:2603.15031), put into a {kind} by `attnres_rewrite` {version}.
+
+    pip install attnres-rewrite
+
+    import attnres_rewrite
+    from transformers import {auto}
+    model = {auto}.from_pretrained("path or name of this model")
+
+Without the import it cannot be loaded: it is no plain {kind}.
+"""
+
+
+class SavesRecord:
+    """The ``save_pretrained`` of a rewritten model, which writes the record of the rewrite into its configuration."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the method of the class; raises :class:`CheckpointError` for a model that is quantised."""
+        model: Any = self.model
+        with recorded_in(model.config, model):
+            folder = Path(save_directory)
+            if kwargs.get("is_main_process", True) and not folder.is_file():
+                folder.mkdir(parents=True, exist_ok=True)
+                if not (card := folder / "README.md").exists():
+                    auto = "AutoModelForCausalLM" if model.can_generate() else "AutoModel"
+                    card.write_text(_CARD.format(kind=type(model).__name__, version=__version__, auto=auto))
+            return type(model).save_pretrained(model, save_directory, *args, **kwargs)
+
+
+def install_saving(model: nn.Module) -> None:
+    """Let every model of transformers in the rewritten ``model`` that holds sites save the record with its weights."""
+    for module in _of_transformers(model):
+        module.__dict__[_METHOD] = SavesRecord(module)
+
+
+def uninstall_saving(model: nn.Module) -> None:
+    """Give every model of transformers in ``model`` its own ``save_pretrained`` back."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get(_METHOD), SavesRecord):
+            del module.__dict__[_METHOD]
+
+
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether ``model`` is one of transformers, which is not imported for the answer: then it is none."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    return modeling is not None and isinstance(model, modeling.PreTrainedModel)
+
+
+def _of_transformers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if is_of_transformers(module) and any(live_forwards(module))]
+
+
+@contextlib.contextmanager
+def recorded_in(config: Any, model: Any) -> Iterator[None]:
+    """Within the context ``config`` has the record of ``model``, and is unfit for those that do not know it."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(
+            f"save_pretrained: this {type(model).__name__} is quantised as well as rewritten, and a folder can say "
+            "only one of the two. Save its state_dict, or save it before it is quantised"
+        )
+    replaced = [(one, name) for one in _configs(config) for name in _activations(one)]
+    before = [getattr(one, name) for one, name in replaced]
+    paths = {id(one): path for path, one in _named_configs(config)}
+    held = {f"{paths[id(one)]}{name}": value for (one, name), value in zip(replaced, before, strict=True)}
+    try:
+        for one, name in replaced:
+            setattr(one, name, MARK)
+        config.__dict__[_ATTENTION] = MARK
+        config.__dict__["quantization_config"] = {
+            "quant_method": METHOD,
+            "version": __version__,
+            "record": Recorded.of(model).to_dict(),
+            "of_base_model": model.base_model is model,
+            "replaced": held,
+        }
+        yield
+    finally:
+        for (one, name), value in zip(replaced, before, strict=True):
+            setattr(one, name, value)
+        for name in (_ATTENTION, "quantization_config"):
+            config.__dict__.pop(name, None)
+
+
+def restore(config: Any, replaced: dict[str, Any]) -> None:
+    """Put back into ``config``, as it was read, what :func:`recorded_in` replaced."""
+    by_path = dict(_named_configs(config))
+    for name, value in replaced.items():
+        path, _, field = name.rpartition(".")
+        setattr(by_path[f"{path}." if path else ""], field, value)
+    for one in by_path.values():
+        if one._attn_implementation == MARK:
+            one._attn_implementation = None
+
+
+def _named_configs(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """``config`` and the configurations in it, with the path to each, which ends in a full stop."""
+    yield path, config
+    for name in type(config).sub_configs:
+        if (inner := getattr(config, name, None)) is not None and hasattr(inner, "to_dict"):
+            yield from _named_configs(inner, f"{path}{name}.")
+
+
+def _configs(config: Any) -> list[Any]:
+    return [one for _, one in _named_configs(config)]
+
+
+def _activations(config: Any) -> list[str]:
+    """The fields of ``config`` that name an activation."""
+    from transformers.activations import ACT2FN
+
+    fields = vars(config).items()
+    return [name for name, value in fields if "act" in name and isinstance(value, str) and value in ACT2FN]

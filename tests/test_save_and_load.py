@@ -1,0 +1,202 @@
+"""Hugging Face's own lines bring a rewritten model back as one, and fail where this package is not imported."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import (
+    VOCAB,
+    WIDTH,
+    Tower,
+    embeddings,
+    gpt2,
+    llama,
+    logits,
+    prepared,
+    randomise_sites,
+    relative_error,
+    token_ids,
+)
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import attnres_rewrite as ar
+
+ROOT = Path(__file__).parents[1]
+IDS = token_ids()
+
+
+def trained(make=llama, **options: object) -> nn.Module:
+    return randomise_sites(ar.rewrite(prepared(make(3)), 2, backend="eager", **options))
+
+
+def same(model: nn.Module, other: nn.Module) -> bool:
+    other = eagerly(other)
+    return relative_error(logits(other(IDS)), logits(model(IDS))) < 1e-5
+
+
+def eagerly(model: nn.Module) -> nn.Module:
+    """Without Inductor, whose kernels are tested elsewhere."""
+    for _, live in ar.forms.live.live_forwards(model):
+        live.state.backend.inner = "eager"
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"), [(llama, LlamaForCausalLM), (llama, AutoModelForCausalLM), (gpt2, AutoModelForCausalLM)]
+)
+def test_from_pretrained_gives_the_rewritten_model(tmp_path, make, kind) -> None:
+    config = ar.AttnResConfig(blocks=[1, 2], scale=0.7, aggregation="sum")
+    model = randomise_sites(ar.rewrite(prepared(make(3)), config=config, backend="eager"))
+    before = copy.deepcopy(model.config.to_dict())
+    model.save_pretrained(tmp_path)
+    # Transformers itself notes these two.
+    own = {"dtype": "float32", "architectures": [type(model).__name__]}
+    assert model.config.to_dict() == {**before, **own}
+    loaded = kind.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert same(model, loaded)
+    # It looks like any other model, and saves itself as the first did.
+    assert (getattr(loaded, "is_quantized", False), hasattr(loaded, "hf_quantizer")) == (False, False)
+    assert loaded.config.to_dict().keys() == before.keys()
+    again = tmp_path / "again"
+    loaded.save_pretrained(again)
+    assert json.loads((again / "config.json").read_text()) == json.loads((tmp_path / "config.json").read_text())
+    assert ar.verify(loaded, IDS)
+
+
+def in_another_process(code: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("options", ["", ", attn_implementation='sdpa'"])
+@pytest.mark.parametrize("kind", ["AutoModelForCausalLM", "LlamaForCausalLM"])
+def test_without_the_package_it_fails_by_its_name(tmp_path, kind: str, options: str) -> None:
+    trained().save_pretrained(tmp_path)
+    done = in_another_process(f"import transformers; transformers.{kind}.from_pretrained({str(tmp_path)!r}{options})")
+    assert done.returncode == 1
+    assert "pip install attnres-rewrite, and import attnres_rewrite before it is loaded" in done.stderr.splitlines()[-1]
+
+
+def test_a_part_of_it_and_a_whole_around_it(tmp_path) -> None:
+    model = trained()
+    model.save_pretrained(tmp_path / "whole")
+    base = eagerly(AutoModel.from_pretrained(tmp_path / "whole"))
+    expected = model.model(IDS).last_hidden_state
+    assert relative_error(base(IDS).last_hidden_state, expected) < 1e-5
+    model.model.save_pretrained(tmp_path / "part")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "part")
+    assert [name for name, _ in ar.attnres_parameters(whole)] == [name for name, _ in ar.attnres_parameters(model)]
+    assert relative_error(eagerly(whole).model(IDS).last_hidden_state, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("saving", "loading"),
+    [
+        ({"max_shard_size": "20KB"}, {}),
+        ({}, {"dtype": torch.bfloat16}),
+        ({}, {"device_map": "cpu"}),
+        ({}, {"attn_implementation": "eager"}),
+        ({}, {"low_cpu_mem_usage": True}),
+    ],
+    ids=["sharded", "dtype", "device_map", "attention", "memory"],
+)
+def test_as_users_load(tmp_path, saving, loading) -> None:
+    model = trained()
+    model.save_pretrained(tmp_path, **saving)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == ("max_shard_size" in saving)
+    loaded = eagerly(AutoModelForCausalLM.from_pretrained(tmp_path, **loading))
+    dtype = loading.get("dtype", torch.float32)
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    assert relative_error(logits(loaded(IDS)).float(), logits(model(IDS))) < (0.1 if dtype == torch.bfloat16 else 1e-5)
+    assert loaded.config._attn_implementation == loading.get("attn_implementation", "sdpa")
+
+
+def test_other_settings_in_the_weights_than_in_the_configuration(tmp_path) -> None:
+    trained().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    written = json.loads(file.read_text())
+    written["quantization_config"]["record"]["owners"][0]["spec"]["blocks"] = [[3, 3]]
+    file.write_text(json.dumps(written))
+    with pytest.raises(Exception, match=r"blocks .*there, .*here"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_copy_saves_its_own_weights_and_undo_a_plain_model(tmp_path) -> None:
+    model = trained()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    other.save_pretrained(tmp_path / "copy")
+    assert same(other, AutoModelForCausalLM.from_pretrained(tmp_path / "copy"))
+    ar.undo(model)
+    model.save_pretrained(tmp_path / "plain")
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "plain")
+    assert not list(ar.attnres_parameters(plain))
+    assert relative_error(logits(plain(IDS)), logits(model(IDS))) < 1e-6
+
+
+def test_the_folder_says_how_to_load_it(tmp_path) -> None:
+    trained().save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "import attnres_rewrite" in card
+    assert "AutoModelForCausalLM.from_pretrained" in card
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(config, LlamaConfig)
+    with pytest.raises(ValueError, match="pip install attnres-rewrite"):
+        AutoModelForCausalLM.from_config(config)
+
+
+class Own(nn.Module):
+    """None of transformers: its configuration is in what makes it."""
+
+    def __init__(self, layers: int = 4) -> None:
+        super().__init__()
+        self.tower, self.out = Tower(layers), nn.Linear(VOCAB, WIDTH)
+        self.tied = self.out
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tied(self.tower(x))
+
+
+def test_a_model_of_ones_own(tmp_path) -> None:
+    x = embeddings()
+    config = ar.AttnResConfig(blocks=[1, 3], aggregation="sum")
+    model = randomise_sites(ar.rewrite(prepared(Own()), config=config, example_inputs=x, backend="eager"))
+    ar.save_pretrained(model, tmp_path / "folder")
+    assert {file.name for file in (tmp_path / "folder").iterdir()} == {"model.safetensors", "attnres.json"}
+    for make in (Own, Own()):
+        loaded = ar.from_pretrained(tmp_path / "folder", make, backend="eager")
+        assert relative_error(loaded.eval()(x), model(x)) == 0
+    assert ar.verify(loaded, x)
+    with pytest.raises(ar.CheckpointError, match=r"holds the weights of a Own: give it, or what makes it"):
+        ar.from_pretrained(tmp_path / "folder")
+    with pytest.raises(ar.CheckpointError, match="recorded for module 'tower', which this Tower does not have"):
+        ar.from_pretrained(tmp_path / "folder", Tower(4))
+    # Too few layers are seen from the names alone; one that has them but runs fewer, in the first call.
+    with pytest.raises(ar.CheckpointError, match=r"recorded for module 'tower\.layers\.2"):
+        ar.from_pretrained(tmp_path / "folder", lambda: Own(2))
+    with pytest.raises(TypeError, match="max_shard_size"):
+        ar.save_pretrained(model, tmp_path / "folder", max_shard_size="1GB")
+    with pytest.raises(ar.AttnResError, match="save_pretrained: this Own was not rewritten in place"):
+        ar.save_pretrained(Own(), tmp_path / "folder")
+
+
+def test_a_folder_of_transformers(tmp_path) -> None:
+    model = trained()
+    ar.save_pretrained(model, tmp_path / "rewritten", max_shard_size="20KB")
+    loaded = ar.from_pretrained(tmp_path / "rewritten", backend="eager")
+    assert type(loaded) is LlamaForCausalLM
+    assert relative_error(logits(loaded(IDS)), logits(model(IDS))) < 1e-6
+    llama(2).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ar.CheckpointError, match="holds a plain LlamaForCausalLM: load it"):
+        ar.from_pretrained(tmp_path / "plain")
+    with pytest.raises(ar.CheckpointError, match=r"neither attnres\.json nor config\.json"):
+        ar.from_pretrained(tmp_path)
