@@ -13,7 +13,7 @@ from models import WIDTH, Tower, embeddings, gpt2, llama, randomise_sites, token
 from torch import Tensor, nn
 
 import attnres_rewrite as ar
-from attnres_rewrite.onnx import conversion, export, form, function, sizes
+from attnres_rewrite.onnx import conversion, export, files, form, function, sizes
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -495,7 +495,7 @@ def test_several_streams_of_one_module(tmp_path: Path) -> None:
 
 
 def test_large_weights_go_beside_the_file(tmp_path: Path, tower: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "_LARGEST_FILE", 100)
+    monkeypatch.setattr(files, "_LARGEST_FILE", 100)
     result = ar.export_onnx(tower, tmp_path / "model.onnx", embeddings())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     x = embeddings(3, 9, seed=1)
