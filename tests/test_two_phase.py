@@ -366,6 +366,7 @@ def test_the_log_counts_what_is_shared(caplog: pytest.LogCaptureFixture) -> None
 # Models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregation", ["mean", pytest.param("sum", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "make", [llama, pytest.param(gpt_neox, marks=pytest.mark.slow)], ids=lambda make: make.__name__

@@ -11,20 +11,14 @@ from zoo.checks import check
 from zoo.member import Member
 from zoo.members import MEMBERS, kind_of, table, totals
 
-# Of every family one or two; the rest is marked, and left to `make zoo`.
+# A few; the rest is marked, and left to `make zoo`.
 REPRESENTATIVE = {
-    "causal language model-minimax",
     "causal language model-mixtral",
     "encoder-ModernBERT",
-    "encoder-Reformer",
-    "vision-Swin",
     "audio-wav2vec2",
     "multimodal-CLIP",
-    "diffusers-diffusers DiT",
     "x-transformers-x-transformers scale_residual",
-    "vit-pytorch-vit-pytorch SimpleViT with hyper-connections",
     "torch.nn-torch.nn.TransformerDecoder pre-norm",
-    "hand-written-LayerScale and stochastic depth",
     "hand-written-sublayers as attributes",
     "hand-written-gated by hand",
 }
