@@ -1,11 +1,16 @@
 """What every test starts from: the same random numbers, and nothing that an earlier test compiled."""
 
 import gc
+import logging
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch._dynamo
+
+# Pytest puts its handlers on a logger that does not propagate, and while this one has any, torch writes out every graph
+# and every guard for it. One that propagates is left alone.
+logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(autouse=True)

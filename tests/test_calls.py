@@ -192,6 +192,7 @@ def test_functional_call_of_a_graph_module() -> None:
     assert relative_error(output, tower_by_hand(tower, x, queries, gains)) < 1e-12
 
 
+@pytest.mark.slow
 def test_a_forward_on_the_object_does_not_change_the_blocks() -> None:
     # Libraries wrap the forward of an object and put the original back: then a graph tells other module paths.
     model = randomise_sites(ar.rewrite(gpt2().eval(), blocks=3, backend="eager"))

@@ -42,6 +42,7 @@ def demo(tmp_path_factory):
     return run_demo(settings, console), folder, console.export_text()
 
 
+@pytest.mark.slow
 def test_demo_writes_its_four_files_and_nothing_else(demo):
     _, folder, _ = demo
     names = {path.name for path in folder.iterdir()}

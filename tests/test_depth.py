@@ -10,6 +10,7 @@ from models import Tower, embeddings, llama, randomise_sites, token_ids
 import attnres_rewrite as ar
 
 
+@pytest.mark.slow
 def test_zero_queries_weigh_all_sources_equally() -> None:
     model = ar.rewrite(llama(5), blocks=3, backend="eager")
     depth = ar.depth_attention(model, token_ids())

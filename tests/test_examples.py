@@ -80,6 +80,7 @@ def test_examples_stay_short(path):
     assert len(path.read_text().splitlines()) < 60
 
 
+@pytest.mark.slow
 def test_the_code_in_the_readme_runs(tmp_path, monkeypatch):
     readme = EXAMPLES.parent.joinpath("README.md").read_text()
     monkeypatch.chdir(tmp_path)

@@ -24,6 +24,7 @@ from models import (
     export,
     llama,
     logits,
+    mostly_slow,
     prepared,
     randomise_sites,
     relative_error,
@@ -159,6 +160,7 @@ def test_suppressed_errors(model) -> None:
         assert outcome(model, lambda: model(IDS)) == "attnres"
 
 
+@pytest.mark.slow
 def test_suppressed_errors_of_a_backend_that_fails() -> None:
     def fails(*_: object) -> None:
         raise ValueError("this backend always fails")
@@ -180,7 +182,7 @@ def test_called_from_a_function_with_compilation_disabled(model) -> None:
 # Another compiler
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", mostly_slow(["eager", "aot_eager", "inductor"], "aot_eager"))
 def test_compiled_once_more_by_another_backend(model, backend) -> None:
     """That backend gets the whole graph, and does not know what to do with it."""
     assert outcome(model, lambda: torch.compile(model, backend=backend)(IDS)) == "NotRewrittenError"

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import WIDTH, Tower, embeddings, gpt2, llama, randomise_sites, token_ids
+from models import WIDTH, Tower, embeddings, gpt2, llama, mostly_slow, randomise_sites, token_ids
 from torch import Tensor, nn
 
 import attnres_rewrite as ar
-from attnres_rewrite.onnx import conversion, export, form, function, sizes
+from attnres_rewrite.onnx import conversion, export, files, form, function, sizes
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -52,6 +52,7 @@ def tower() -> nn.Module:
     return randomise_sites(ar.rewrite(Tower(3).eval(), blocks=2, example_inputs=embeddings(), backend="eager"))
 
 
+@pytest.mark.slow
 def test_a_live_llama_with_random_queries_equals_pytorch_at_other_sizes(tmp_path: Path) -> None:
     model = randomise_sites(ar.rewrite(llama().eval(), blocks=3, backend="eager"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -97,6 +98,7 @@ def test_a_live_llama_with_random_queries_equals_pytorch_at_other_sizes(tmp_path
     assert {name for name in before if "norm" not in name} <= names
 
 
+@pytest.mark.slow
 def test_every_zero_query_stays_a_weight_of_its_own(tmp_path: Path, tower: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in ar.attnres_parameters(tower):
@@ -168,6 +170,7 @@ def test_a_graph_module_is_exported_as_it_is(tmp_path: Path) -> None:
         torch.testing.assert_close(run(result.path, x=x), module(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_in_training_is_exported_for_evaluation(tmp_path: Path) -> None:
     model = Tower(2)
     model.norm = nn.Sequential(nn.LayerNorm(WIDTH), nn.Dropout(0.5), nn.Dropout(0.5))
@@ -181,7 +184,7 @@ def test_a_model_in_training_is_exported_for_evaluation(tmp_path: Path) -> None:
         torch.testing.assert_close(run(result.path, x=x), model.eval()(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("aggregation", ["mean", "sum"])
+@pytest.mark.parametrize("aggregation", mostly_slow(["mean", "sum"], "sum"))
 def test_aggregation_scale_and_missing_gain(tmp_path: Path, aggregation: str) -> None:
     config = ar.AttnResConfig(blocks=2, aggregation=aggregation, scale=0.5, key_gain=False)  # type: ignore[arg-type]
     model = randomise_sites(ar.rewrite(Tower(3).eval(), config=config, example_inputs=embeddings(), backend="eager"))
@@ -191,7 +194,7 @@ def test_aggregation_scale_and_missing_gain(tmp_path: Path, aggregation: str) ->
         torch.testing.assert_close(run(result.path, x=x), model(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", mostly_slow([torch.float64, torch.float16, torch.bfloat16], torch.bfloat16), ids=str)
 def test_precisions(tmp_path: Path, dtype: torch.dtype) -> None:
     x = embeddings().to(dtype)
     model = randomise_sites(ar.rewrite(Tower(3).eval().to(dtype), blocks=2, example_inputs=x, backend="eager"))
@@ -207,6 +210,7 @@ def test_precisions(tmp_path: Path, dtype: torch.dtype) -> None:
     assert ("Cast" in casts) is (dtype != torch.float64)
 
 
+@pytest.mark.slow
 def test_a_cache_with_a_padded_batch(tmp_path: Path) -> None:
     model = randomise_sites(ar.rewrite(llama(2).eval(), blocks=2, backend="eager"))
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -249,6 +253,7 @@ def two_phase(make: Callable[[], nn.Module], inputs: Any, **options: Any) -> nn.
     return randomise_sites(ar.rewrite(make().eval(), config=config, example_inputs=inputs, backend="eager"))
 
 
+@pytest.mark.slow
 def test_two_phases_are_three_kinds_of_nodes_and_the_same_function(tmp_path: Path) -> None:
     tower = Tower(4)
     model = two_phase(lambda: copy.deepcopy(tower), embeddings())
@@ -485,6 +490,7 @@ class Twins(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_several_streams_of_one_module(tmp_path: Path) -> None:
     model = randomise_sites(ar.rewrite(Twins().eval(), blocks=2, example_inputs=embeddings(), backend="eager"))
     result = ar.export_onnx(model, tmp_path / "model.onnx", embeddings())
@@ -495,7 +501,7 @@ def test_several_streams_of_one_module(tmp_path: Path) -> None:
 
 
 def test_large_weights_go_beside_the_file(tmp_path: Path, tower: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "_LARGEST_FILE", 100)
+    monkeypatch.setattr(files, "_LARGEST_FILE", 100)
     result = ar.export_onnx(tower, tmp_path / "model.onnx", embeddings())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     x = embeddings(3, 9, seed=1)
@@ -513,6 +519,7 @@ def test_a_failed_comparison_leaves_what_was_there(tmp_path: Path, tower: nn.Mod
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("model.onnx", "the one before")]
 
 
+@pytest.mark.slow
 def test_the_comparison_sees_a_wrong_function(
     tmp_path: Path, tower: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -594,6 +601,7 @@ def test_a_model_that_cannot_be_traced_keeps_its_state(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_hugging_face_model_that_cannot_be_traced_keeps_its_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -613,6 +621,7 @@ def test_a_hugging_face_model_that_cannot_be_traced_keeps_its_state(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_outputs_that_are_inputs_and_outputs_of_integers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Chooser(Tower):
         def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -628,6 +637,7 @@ def test_outputs_that_are_inputs_and_outputs_of_integers(tmp_path: Path, monkeyp
         ar.export_onnx(model, tmp_path / "model.onnx", embeddings())
 
 
+@pytest.mark.slow
 def test_equal_lengths_of_two_inputs_are_two_sizes(tmp_path: Path) -> None:
     class Reader(Tower):
         def forward(self, x: Tensor, memory: Tensor) -> Tensor:
@@ -671,6 +681,7 @@ class HalfBranches(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_branches_in_half_precision_on_a_float_stream(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = randomise_sites(ar.rewrite(HalfBranches(), blocks=2, example_inputs=embeddings(), backend="eager"))

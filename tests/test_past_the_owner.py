@@ -241,7 +241,7 @@ def shallow(model: nn.Module) -> nn.Module:
     return twin
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", mostly_slow([False, True], True))
 def test_a_shallow_copy_runs_its_own_layers(model, compiled) -> None:
     twin = shallow(model)
     call = torch.compile(lambda x: twin(x), backend=ar.AttnResBackend("eager")) if compiled else twin

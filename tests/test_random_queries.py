@@ -13,6 +13,7 @@ from models import (
     export,
     images,
     logits,
+    mostly_slow,
     prepared,
     randomise_sites,
     relative_error,
@@ -83,23 +84,23 @@ def test_graph_module_equals_the_hand_written_model(exported, partition, aggrega
     assert relative_error(logits(rewritten(ids)), reference) < EXACT
 
 
-@pytest.mark.parametrize(
-    ("name", "partition", "aggregation"),
-    [
-        ("llama", {"blocks": 1}, "sum"),
-        ("llama", {"blocks": 3}, "mean"),
-        ("llama", {"blocks": 4}, "sum"),
-        ("llama", {"blocks": "full"}, "mean"),
-        ("llama", {"layers_per_block": 2}, "mean"),
-        ("gpt2", {"blocks": 3}, "sum"),
-        ("gpt2", {"blocks": "full"}, "mean"),
-        ("gpt-neox", {"blocks": 3}, "mean"),
-        ("gpt-neox", {"layers_per_block": 2}, "sum"),
-    ],
-    ids=str,
-)
+LIVE = [
+    ("llama", {"blocks": 3}, "mean"),
+    ("gpt2", {"blocks": "full"}, "mean"),
+    ("gpt-neox", {"layers_per_block": 2}, "sum"),
+    ("llama", {"blocks": 1}, "sum"),
+    ("llama", {"blocks": 4}, "sum"),
+    ("llama", {"blocks": "full"}, "mean"),
+    ("llama", {"layers_per_block": 2}, "mean"),
+    ("gpt2", {"blocks": 3}, "sum"),
+    ("gpt-neox", {"blocks": 3}, "mean"),
+]
+
+
+@pytest.mark.parametrize("case", mostly_slow(LIVE, *LIVE[:3]), ids=str)
 @torch.no_grad()
-def test_live_model_equals_the_hand_written_model(name, partition, aggregation) -> None:
+def test_live_model_equals_the_hand_written_model(case) -> None:
+    name, partition, aggregation = case
     plain = prepared(ARCHITECTURES[name].make(LAYERS))
     model = copy.deepcopy(plain)
     randomise_sites(ar.rewrite(model, config=config_of(partition, aggregation), backend="eager"))
@@ -108,6 +109,7 @@ def test_live_model_equals_the_hand_written_model(name, partition, aggregation) 
     assert relative_error(logits(model(ids)), reference) < TOLERANCE
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_live_model_at_other_shapes() -> None:
     """The second shape is another graph, with sizes that are symbols; the third one runs it once more."""
@@ -120,7 +122,7 @@ def test_live_model_at_other_shapes() -> None:
         assert relative_error(logits(model(ids)), reference) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["opt", "vit", "encoder"])
+@pytest.mark.parametrize("name", mostly_slow(["opt", "vit", "encoder"], "encoder"))
 @torch.no_grad()
 def test_live_and_exported_agree_where_there_is_no_hand_written_model(name) -> None:
     architecture = ARCHITECTURES[name]
@@ -144,7 +146,7 @@ def gradients(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", mostly_slow(["aot_eager", "inductor"], "aot_eager"))
 def test_compilers_agree_with_the_hand_written_model(backend) -> None:
     plain = prepared(ARCHITECTURES["llama"].make(3))
     model = copy.deepcopy(plain)
@@ -228,6 +230,7 @@ def test_all_forms_share_one_state_dict() -> None:
     assert set(with_sites.state_dict) <= set(live.state_dict())
 
 
+@pytest.mark.slow
 def test_training_moves_live_model_and_exported_twin_alike() -> None:
     """Float64, so that the twins cannot drift apart by rounding; then the weights move between them."""
     plain = prepared(ARCHITECTURES["gpt2"].make(3), torch.float64)

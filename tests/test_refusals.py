@@ -78,6 +78,7 @@ class Checked(nn.Module):
         return self.second(x / scale)
 
 
+@pytest.mark.slow
 def test_towers_with_a_scalar_between_them_are_one_graph() -> None:
     model = Checked()
     before = model(embeddings())

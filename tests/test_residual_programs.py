@@ -376,6 +376,7 @@ def test_a_rewritten_graph_module_has_the_numbers(program: Program) -> None:
     check_numbers(ar.rewrite(module, config=config_of(program)), body, random=True)
 
 
+@pytest.mark.slow
 @property_test(12)
 def test_a_rewritten_graph_of_two_dtypes_has_the_numbers(program: Program) -> None:
     """In the others the wide dtype is the narrow one, so that nothing is rounded."""
@@ -388,6 +389,7 @@ def test_a_rewritten_graph_of_two_dtypes_has_the_numbers(program: Program) -> No
     check_numbers(mean, body, random=True, tolerance=1e-5)
 
 
+@pytest.mark.slow
 @property_test(12)
 def test_in_an_exported_program(program: Program) -> None:
     body, model = build(program)

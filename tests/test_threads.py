@@ -88,7 +88,7 @@ def served(model: nn.Module, expected: torch.Tensor, threads: int = 2) -> Iterat
     assert [set(server.seen) for server in servers] == [{"right"}] * threads
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_slow(MODELS, "owner"))
 def test_plain_residuals_in_one_thread_alone(name) -> None:
     model = rewritten(name)
     attnres, plain = references(model)
@@ -109,7 +109,7 @@ def test_a_model_that_is_looked_into_goes_on_serving(name, verb) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_slow(MODELS, "root"))
 def test_first_calls_from_several_threads(name) -> None:
     model = rewritten(name)
     attnres, _ = references(model)

@@ -1,6 +1,5 @@
 """The two-phase schedule: its operators, its pass, and models that use it."""
 
-import importlib
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import attnres_rewrite as ar
+from attnres_rewrite.ops.attend_blocks_expanded import expand_backward, expand_forward
 from attnres_rewrite.passes import PostconditionError, ScheduleReads
 from attnres_rewrite.passes.insert_attnres import Site
 from attnres_rewrite.passes.schedule_reads import groups, sources_of
@@ -98,7 +98,6 @@ def test_compiled_by_inductor_they_are_the_equation(blocks: int, reads: int) -> 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_what_inductor_expands_on_a_gpu_is_the_equation(dtype: torch.dtype, tolerance: float) -> None:
     """Written out for every read, and the sum over rows of what was rounded to the dtype of the blocks."""
-    module = importlib.import_module("attnres_rewrite.ops.attend_blocks")
     blocks, queries, gains, _ = inputs(3, 2, dtype=dtype)
     wide = [[t.detach().double() for t in given] for given in (blocks, queries, gains)]
     settings = (1e-6, 1.0)
@@ -107,8 +106,8 @@ def test_what_inductor_expands_on_a_gpu_is_the_equation(dtype: torch.dtype, tole
     backward = attnres.attend_blocks_backward([g.double() for g in grads], *wide, *settings, wanted)
     expected = [*attnres.attend_blocks(*wide, *settings), *backward]
     found = [
-        *module._expand_forward(blocks, queries, gains, *settings),
-        *module._expand_backward(grads, blocks, queries, gains, *settings, wanted, for_inductor=True),
+        *expand_forward(blocks, queries, gains, *settings),
+        *expand_backward(grads, blocks, queries, gains, *settings, wanted, for_inductor=True),
     ]
     assert len(found) == len(expected) == 4 + 7
     for given, right in zip(found, expected, strict=True):
@@ -367,6 +366,7 @@ def test_the_log_counts_what_is_shared(caplog: pytest.LogCaptureFixture) -> None
 # Models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregation", ["mean", pytest.param("sum", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "make", [llama, pytest.param(gpt_neox, marks=pytest.mark.slow)], ids=lambda make: make.__name__

@@ -32,6 +32,7 @@ from attnres_rewrite.passes.parts import PartWriter
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
+@pytest.mark.slow
 def test_a_trained_model_passes_and_keeps_its_queries() -> None:
     model = randomise_sites(ar.rewrite(llama(), blocks=3, backend="eager"))
     before = [p.clone() for _, p in ar.attnres_parameters(model)]
@@ -55,19 +56,18 @@ def test_mean_differs_by_the_norms_epsilon_and_sum_does_not() -> None:
     assert 1e-9 < result.difference < 1e-3
 
 
+@pytest.mark.slow
 def test_dropout_draws_the_same_numbers_on_both_sides() -> None:
     model = ar.rewrite(llama(attention_dropout=0.5).train(), blocks=2, backend="eager")
     assert ar.verify(model, token_ids())
 
 
-@pytest.mark.parametrize(
-    ("make", "dtype"),
-    [
-        *((llama, dtype) for dtype in DTYPES),
-        *(pytest.param(make, torch.bfloat16, marks=pytest.mark.slow) for make in (gpt2, gpt_neox, opt, Encoder)),
-    ],
-)
-def test_every_dtype_passes(make, dtype) -> None:
+PASSING = [*((llama, dtype) for dtype in DTYPES), *((make, torch.bfloat16) for make in (gpt2, gpt_neox, opt, Encoder))]
+
+
+@pytest.mark.parametrize("case", mostly_slow(PASSING, (llama, torch.bfloat16)))
+def test_every_dtype_passes(case) -> None:
+    make, dtype = case
     model = randomise_sites(ar.rewrite(prepared(make(2), dtype), blocks=2, backend="eager"))
     result = ar.verify(model, token_ids())
     assert result, result

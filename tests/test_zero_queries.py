@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import ARCHITECTURES, logits, prepared, relative_error
+from models import ARCHITECTURES, logits, mostly_slow, prepared, relative_error
 from torch import Tensor, nn
 
 import attnres_rewrite as ar
@@ -53,7 +53,7 @@ def assert_unchanged(original: nn.Module, rewritten: nn.Module, inputs: Tensor) 
 
 
 @pytest.mark.parametrize("aggregation", ["sum", "mean"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", mostly_slow(ARCHITECTURES, "llama", "encoder"))
 def test_rewritten_equals_original(name: str, aggregation: str) -> None:
     architecture = ARCHITECTURES[name]
     original = prepared(architecture.make(LAYERS), torch.float64)
@@ -74,7 +74,7 @@ def test_rewritten_equals_original(name: str, aggregation: str) -> None:
         assert relative_error(logits(rewritten(inputs)), logits(original(inputs))) > 1e-3
 
 
-@pytest.mark.parametrize("blocks", [1, "full"])
+@pytest.mark.parametrize("blocks", mostly_slow([1, "full"], "full"))
 def test_any_partition_equals_the_original_through_aot_autograd(blocks: int | str) -> None:
     architecture = ARCHITECTURES["llama"]
     original = prepared(architecture.make(LAYERS), torch.float64)

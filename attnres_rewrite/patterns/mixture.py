@@ -32,16 +32,25 @@ class Mixture:
         """The stream values of which ``node`` is the sum.
 
         Args:
-            node: The sum, or a part of it.
+            node: The sum, which may be a value itself.
             values: All values of the streams, their roots among them.
         """
+        if isinstance(match := LinearSum().match(node), Mismatch):
+            return match
+        found: list[Node] = []
+        for operand, _ in match.addends:
+            term = self._term(operand, values)
+            if isinstance(term, Mismatch):
+                return term
+            found += term
+        return found
+
+    def _term(self, node: Node, values: Container[Node]) -> list[Node] | Mismatch:
         node = through_transparent(node)
         if node in values:
             return [node]
-        if not isinstance(match := LinearSum().match(node), Mismatch):
-            parts = [self.match(operand, values) for operand, _ in match.addends]
-            missing = next((part for part in parts if isinstance(part, Mismatch)), None)
-            return missing or [value for part in parts if not isinstance(part, Mismatch) for value in part]
-        factors = [n for n in node.args if isinstance(n, Node) and is_float_tensor(n)] if is_product(node) else []
-        found = (part for factor in factors if not isinstance(part := self.match(factor, values), Mismatch))
-        return next(found, Mismatch("a term is no value of a stream", node))
+        if is_product(node):
+            factors = [self._term(n, values) for n in node.args if isinstance(n, Node) and is_float_tensor(n)]
+            of_values = (factor for factor in factors if not isinstance(factor, Mismatch))
+            return next(of_values, Mismatch("no factor is a value of a stream", node))
+        return self.match(node, values)

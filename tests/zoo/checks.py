@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 from unittest import mock
 
@@ -21,15 +21,16 @@ from zoo.member import Accepted, Inputs, Member, Refused, Unbuildable
 
 CONFIG = ar.AttnResConfig(blocks=2, aggregation="sum")
 # Rounding, and nothing else, may differ: of the dtype that the checks run in.
+MODES = ("eval", "training")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
-def check(member: Member) -> None:
-    """Make the member and hold it to its expected outcome."""
+def check(member: Member, modes: Container[str] = MODES) -> None:
+    """Make the member and hold it to its expected outcome, if that is to be accepted in these modes."""
     torch.manual_seed(0)
     match member.outcome:
         case Accepted():
-            check_accepted(member, member.outcome)
+            check_accepted(member, member.outcome, modes)
         case Refused():
             check_refused(member, member.outcome)
         case Unbuildable():
@@ -72,7 +73,7 @@ class Recorder:
         return module.forward
 
 
-def check_accepted(member: Member, expected: Accepted) -> None:
+def check_accepted(member: Member, expected: Accepted, modes: Container[str]) -> None:
     original = prepared(member.make(), expected.dtype)
     rewritten, recorder = copy.deepcopy(original), Recorder()
     (first, second), tolerance = expected.sizes, expected.tolerance or TOLERANCE[expected.dtype]
@@ -84,15 +85,25 @@ def check_accepted(member: Member, expected: Accepted) -> None:
         return analyses[-1]
 
     # What rewrite() found, without the time that explain() would take to find it again; and without its rehearsal of
-    # the first call, which is made below in any case.
+    # the first call, which is made below.
     with mock.patch.object(api, "analyse", analyse), mock.patch.object(api, "_rehearse"):
         streams = tuple(expected.streams) if expected.named else None
         config = dataclasses.replace(CONFIG, streams=streams, leftovers=expected.leftovers)
         assert ar.rewrite(rewritten, config=config, example_inputs=inputs, backend=recorder) is rewritten
     check_structure(analyses[0], expected)
-    # Now, so that the graph for training, of which one size is enough, is traced with fixed sizes.
-    mark_changing_sizes(inputs, resized)
+    if "eval" in modes:
+        check_evaluation(original, rewritten, recorder, (inputs, resized), tolerance)
+    if "training" in modes:
+        # One graph of fixed sizes.
+        check_training(original, rewritten, same, expected)
 
+
+def check_evaluation(
+    original: nn.Module, rewritten: nn.Module, recorder: Recorder, sizes: tuple[Inputs, Inputs], tolerance: float
+) -> None:
+    """Without gradients: the same numbers from zero queries and others from random ones, at sizes that change."""
+    inputs, resized = sizes
+    mark_changing_sizes(inputs, resized)
     with torch.no_grad():
         before = outputs(call(original, inputs))
         assert_equal(outputs(call(rewritten, inputs)), before, tolerance)
@@ -100,24 +111,10 @@ def check_accepted(member: Member, expected: Accepted) -> None:
         with random_queries(rewritten):
             changed = [relative_error(a, b) for a, b in zip(outputs(call(rewritten, inputs)), before, strict=True)]
         assert max(changed) > 1e-3, changed
-    with buffers_kept(original), buffers_kept(rewritten):
-        check_training(original, rewritten, same, expected)
-    original.eval(), rewritten.eval()
-    with torch.no_grad():
-        # Sizes change between calls: the same sites in every graph, and the numbers of the original.
+        # The same sites in every graph.
         for given in (resized, inputs):
             assert_equal(outputs(call(rewritten, given)), outputs(call(original, given)), tolerance)
     assert recorder.graphs == graphs
-
-
-@contextlib.contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Training changes the statistics of batch norms; after the context they are what they were."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    yield
-    with torch.no_grad():
-        for buffer, value in buffers:
-            buffer.copy_(value)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,12 @@ import collections
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--both-modes", action="store_true", help="every member in eval mode and in training, not in turns"
+    )
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     from zoo.members import table
 
