@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from attnres_rewrite.capture.dynamo import Capture, capture
 from attnres_rewrite.capture.inputs import Call, ExampleInputs, as_it_was, example_call, uncompiled
 from attnres_rewrite.config import AttnResConfig, Blocks
-from attnres_rewrite.errors import UnsupportedResidualError
+from attnres_rewrite.errors import CheckpointError, UnsupportedResidualError
 from attnres_rewrite.forms.anchor import AnchorSpec
 from attnres_rewrite.forms.backend import AttnResBackend
 from attnres_rewrite.forms.exported import rewrite_exported
@@ -22,6 +22,7 @@ from attnres_rewrite.forms.layer_guard import layers_of
 from attnres_rewrite.forms.live import install, live_forwards, require_live, uninstall
 from attnres_rewrite.forms.live_state import LiveState
 from attnres_rewrite.forms.output_hooks import make_hooks_traceable
+from attnres_rewrite.forms.recorded import Recorded
 from attnres_rewrite.forms.rehearsal import rewrite_ahead, runs_as_captured, trace_ahead
 from attnres_rewrite.huggingface.saving import install_saving, uninstall_saving
 from attnres_rewrite.passes.reads_without_norm import tell_reads_without_norm
@@ -211,6 +212,31 @@ def explain(
         return make_report(analyse([with_metadata(model, example_inputs)], config), config, parameters)
     with as_it_was(model):
         return make_report(analyse_module(model, config, example_inputs), config, parameters)
+
+
+def explain_recorded(model: nn.Module, record: Recorded) -> Report:
+    """What :func:`explain` answers, of a rewrite that was done: the plain ``model`` grouped as it is recorded.
+
+    Raises:
+        CheckpointError: ``model`` has other streams than those that were recorded.
+    """
+    config = dataclasses.replace(record.owners[0].spec.config, streams=tuple(one.spec.owner for one in record.owners))
+    with as_it_was(model):
+        analysis = analyse_module(model, config, None)
+        sizes = [(one.spec.owner, blocks) for one in record.owners for blocks in one.spec.blocks]
+        if [(p.stream.owner, len(p.stream.branches)) for p in analysis.plans] != [(o, sum(b)) for o, b in sizes]:
+            raise CheckpointError(
+                f"this {type(model).__name__} has other streams than those that are recorded: "
+                + ", ".join(f"{owner or '(root)'} of {sum(blocks)} branch outputs" for owner, blocks in sizes)
+            )
+        plans = tuple(
+            dataclasses.replace(plan, block_of=StreamPlan.recorded(plan.stream, blocks).block_of)
+            for plan, (_, blocks) in zip(analysis.plans, sizes, strict=True)
+        )
+        report = make_report(
+            dataclasses.replace(analysis, plans=plans), config, sum(p.numel() for p in model.parameters())
+        )
+    return report
 
 
 def undo(model: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ from attnres_rewrite._version import __version__
 from attnres_rewrite.errors import CheckpointError, MissingPackageError
 from attnres_rewrite.forms.live import require_live, set_backend
 from attnres_rewrite.forms.recorded import Recorded
-from attnres_rewrite.huggingface.saving import METHOD, is_of_transformers
+from attnres_rewrite.huggingface.saving import is_of_transformers, read_record
 
 # What a folder of a model that is none of transformers holds.
 WEIGHTS, RECORD = "model.safetensors", "attnres.json"
@@ -118,7 +118,7 @@ def _load_of_transformers(folder: Path, options: dict[str, Any]) -> nn.Module:
     if not file.is_file():
         raise CheckpointError(f"{folder} has neither {RECORD} nor config.json: it is no folder of a saved model")
     config = json.loads(file.read_text())
-    if (config.get("quantization_config") or {}).get("quant_method") != METHOD:
+    if read_record(folder) is None:
         raise CheckpointError(
             f"{folder} holds a plain {' or '.join(config.get('architectures') or ['model'])}: load it with "
             "transformers, then rewrite(model, blocks=8)"

@@ -274,9 +274,15 @@ def explain_model(name: str, config: "AttnResConfig", *, as_json: bool = False) 
         CommandError: There is no such model.
     """
     from attnres_rewrite import explain
+    from attnres_rewrite.api import explain_recorded
+    from attnres_rewrite.huggingface.saving import read_record
 
     model, example_inputs = load_model(name)
-    report = explain(model, config=config, example_inputs=example_inputs)
+    record = read_record(Path(name)) if is_config_folder(name) else None
+    if record is not None:
+        report = explain_recorded(model, record)
+    else:
+        report = explain(model, config=config, example_inputs=example_inputs)
     return json.dumps(report.to_dict(), indent=1) if as_json else str(report)
 
 
@@ -307,6 +313,7 @@ def export_model(
     from torch.fx import GraphModule
 
     from attnres_rewrite import attnres_parameters, export_onnx, rewrite
+    from attnres_rewrite.huggingface.saving import read_record
 
     # The exporters print their progress; what is asked for goes to the output alone.
     with contextlib.redirect_stdout(sys.stderr):
@@ -317,6 +324,8 @@ def export_model(
             model = rewrite(model, config=config, example_inputs=example_inputs, backend=backend)
         if weights is not None:
             origin = load_weights(model, weights)
+        elif is_config_folder(name) and read_record(Path(name)) is not None:
+            origin = f"those in {name}"
         elif is_config_folder(name):
             origin = "random, because a configuration has none; --weights FILE exports trained ones"
         else:

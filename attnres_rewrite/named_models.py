@@ -85,7 +85,12 @@ def _from_config(folder: Path, device: str) -> nn.Module:
     import torch
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    from attnres_rewrite import from_pretrained
+    from attnres_rewrite.huggingface.saving import plain_config, read_record
+
+    if device != "meta" and read_record(folder) is not None:
+        return from_pretrained(folder, backend="eager").to(device)
+    config = plain_config(folder)
     if device == "meta":
         # An empty cache made on the meta device cannot be traced, and a report has no use for one.
         config.use_cache = False

@@ -200,3 +200,36 @@ def test_a_folder_of_transformers(tmp_path) -> None:
         ar.from_pretrained(tmp_path / "plain")
     with pytest.raises(ar.CheckpointError, match=r"neither attnres\.json nor config\.json"):
         ar.from_pretrained(tmp_path)
+
+
+def on_the_command_line(*arguments: str) -> str:
+    from attnres_rewrite import cli
+
+    command = [sys.executable, "-m", "attnres_rewrite.cli", *arguments]
+    assert cli
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+
+
+def test_the_command_line_takes_such_a_folder(tmp_path) -> None:
+    pytest.importorskip("typer")
+    config = ar.AttnResConfig(blocks=[1, 2])
+    model = randomise_sites(ar.rewrite(prepared(llama(3)), config=config, backend="eager"))
+    model.save_pretrained(tmp_path)
+    told = json.loads(on_the_command_line("explain", str(tmp_path), "--json"))
+    assert told == json.loads(json.dumps(ar.explain(prepared(llama(3)), config=config).to_dict()))
+
+
+@pytest.mark.slow
+def test_it_exports_such_a_folder(tmp_path) -> None:
+    pytest.importorskip("typer")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = trained()
+    model.save_pretrained(tmp_path / "folder")
+    file = tmp_path / "model.onnx"
+    told = json.loads(on_the_command_line("export", str(tmp_path / "folder"), "--out", str(file), "--json"))
+    assert told["weights"] == f"those in {tmp_path / 'folder'}"
+    session = onnxruntime.InferenceSession(file)
+    given = {value.name: IDS.numpy() if value.name == "input_ids" else None for value in session.get_inputs()}
+    given = {name: torch.ones_like(IDS).numpy() if value is None else value for name, value in given.items()}
+    found = torch.from_numpy(session.run(["logits"], given)[0])
+    assert relative_error(found, logits(model(IDS))) < 1e-4

@@ -9,6 +9,7 @@ that names this package: whoever does not know the record cannot build the model
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,6 +118,24 @@ def recorded_in(config: Any, model: Any) -> Iterator[None]:
             setattr(one, name, value)
         for name in (_ATTENTION, "quantization_config"):
             config.__dict__.pop(name, None)
+
+
+def read_record(folder: Path) -> Recorded | None:
+    """The record in the ``config.json`` of ``folder``, or ``None`` if that is of a plain model."""
+    file = folder / "config.json"
+    noted = json.loads(file.read_text()).get("quantization_config") if file.is_file() else None
+    return Recorded.from_dict(noted["record"]) if noted and noted.get("quant_method") == METHOD else None
+
+
+def plain_config(folder: Path) -> Any:
+    """The configuration in ``folder`` as it was before the rewrite, for a model that is built from it alone."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    if read_record(folder) is not None:
+        restore(config, config.quantization_config["replaced"])
+        del config.quantization_config
+    return config
 
 
 def restore(config: Any, replaced: dict[str, Any]) -> None:
