@@ -233,3 +233,33 @@ def test_it_exports_such_a_folder(tmp_path) -> None:
     given = {name: torch.ones_like(IDS).numpy() if value is None else value for name, value in given.items()}
     found = torch.from_numpy(session.run(["logits"], given)[0])
     assert relative_error(found, logits(model(IDS))) < 1e-4
+
+
+def trainer(model: nn.Module, folder: Path, steps: int) -> object:
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": row, "labels": row} for row in token_ids(8, 9, seed=3)]
+    arguments = TrainingArguments(
+        str(folder), max_steps=steps, save_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, seed=1
+    )
+    return Trainer(model, arguments, train_dataset=data)
+
+
+@pytest.mark.slow
+def test_trainer_resumes_and_refuses_other_blocks(tmp_path) -> None:
+    def fresh(blocks: int) -> nn.Module:
+        torch.manual_seed(0)
+        return ar.rewrite(llama(3), blocks, backend="eager")
+
+    whole = trainer(fresh(2), tmp_path / "whole", 4)
+    whole.train()
+    resumed = trainer(fresh(2), tmp_path / "whole", 4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    state, expected = resumed.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in expected.items())
+    assert any(value.abs().max() > 0 for key, value in state.items() if key.endswith("query"))
+    with pytest.raises(ar.CheckpointError, match="blocks"):
+        trainer(fresh(3), tmp_path / "other", 4).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    # A checkpoint of Trainer is a folder like any other.
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-4")
+    assert same(whole.model.eval(), loaded)
