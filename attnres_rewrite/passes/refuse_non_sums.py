@@ -113,12 +113,15 @@ def _broken(pieces: Sequence[Piece], rejected: Sequence[Node], index: dict[Node,
     adds = [add for add in rejected if isinstance(Mixture().match(add, on_streams), Mismatch)]
     gates = [gate for add in adds if isinstance(gate := GatedStream().match(add, index), GateMatch)]
     streams = [piece for piece in pieces if piece.is_stream]
-    sure = [
-        (GATED, gate.product)
+    certain = [
+        gate
         for gate in gates
         if any(value in piece_of for value in scaled_values(gate.stream))
         or any(gate.holds(piece, index) for piece in streams or pieces)
     ]
+    sure = [(GATED, gate.product) for gate in certain if not gate.is_norm]
+    # What a norm written by hand multiplies by is a gate too, but should not be called one.
+    post_norm += [(GATED, gate.product) for gate in certain if gate.is_norm]
     if streams:
         return sure + post_norm + transformed
     mixed = [mixing for add in rejected if isinstance(mixing := HyperConnections().match(add, index), Node)]

@@ -91,11 +91,17 @@ class PostNorm:
 
 @dataclasses.dataclass(frozen=True)
 class GateMatch:
-    """The multiplication by the gate, the stream value that it multiplies, and what is added to the product."""
+    """The multiplication by the gate, the two that it multiplies, and what is added to the product."""
 
     product: Node
     stream: Node
+    gate: Node
     branch: Node
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether the gate is the size of the stream value, as in a norm written by hand."""
+        return op_name(through_transparent(self.gate)) in _NORMS
 
     def holds(self, piece: Piece, index: dict[Node, int]) -> bool:
         """Whether ``piece`` begins in the branch, and ends in it or is it."""
@@ -128,7 +134,7 @@ class GatedStream:
                 for stream, gate in (factors, factors[::-1]):
                     stream = through_transparent(stream)
                     if _computes_from(gate, stream, index) and _computes_from(branch, stream, index):
-                        return GateMatch(product, stream, branch)
+                        return GateMatch(product, stream, gate, branch)
         return Mismatch("no operand is a gated stream", add)
 
 
