@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -25,6 +26,8 @@ EXTRAS = {
 }
 # What a message lists of the keys that do not fit.
 _KEYS_SHOWN = 6
+# How the key ends under which the settings of the sites are saved.
+_SETTINGS = "attn_res._extra_state"
 
 
 class CommandError(Exception):
@@ -115,17 +118,20 @@ def load_weights(model: nn.Module, path: Path) -> str:
     Raises:
         CommandError: The file cannot be read, or it does not fit.
     """
-    from attnres_rewrite import attnres_parameters
+    from torch.fx import GraphModule
+
+    from attnres_rewrite import attnres_parameters, disabled
 
     given = _read_weights(path)
-    state = model.state_dict(keep_vars=True)
+    # The settings in it are compared when it is loaded.
+    state = {key: value for key, value in model.state_dict(keep_vars=True).items() if not key.endswith(_SETTINGS)}
     attnres = {name for name, _ in attnres_parameters(model)}
     plain = not attnres & set(given)
     # Tied weights are one tensor under several names, and files often have only one of them.
     loaded = {id(state[key]) for key in given if key in state}
     missing = [key for key, value in state.items() if key not in given and id(value) not in loaded]
     missing = [key for key in missing if not (plain and key in attnres)]
-    unexpected = [key for key in given if key not in state]
+    unexpected = [key for key in given if key not in state and not (key.endswith(_SETTINGS) and not plain)]
     shapes = [
         f"{key} {list(value.shape)} instead of {list(state[key].shape)}"
         for key, value in given.items()
@@ -138,7 +144,8 @@ def load_weights(model: nn.Module, path: Path) -> str:
             f"--weights {path} does not fit the {type(model).__name__}: {'; '.join(faults)}; it takes a whole "
             "state_dict of the rewritten model or of the plain one"
         )
-    model.load_state_dict(given, strict=False)
+    with disabled(model) if plain and not isinstance(model, GraphModule) else contextlib.nullcontext():
+        model.load_state_dict(given, strict=False)
     return f"{path}, of a plain model: pseudo-queries and gains stay as they were" if plain else str(path)
 
 
