@@ -41,7 +41,8 @@ def test_old_names_stay_and_new_names_are_the_owners(name) -> None:
     rewrite(model, example_inputs=architecture.inputs(2, 9))
     after = model.state_dict()
     expected = names_of(f"{architecture.owner}.attn_res", 3 * architecture.sites_per_layer)
-    assert [key for key in after if key not in before] == expected
+    settings = f"{architecture.owner}.attn_res._extra_state"
+    assert [key for key in after if key not in before] == [settings, *expected]
     assert [key for key in after if key in before] == list(before)
     assert all(torch.equal(after[key], value) for key, value in before.items())
     assert [key for key, _ in model.named_parameters() if "attn_res" not in key] == parameters
@@ -81,7 +82,7 @@ def test_loading_a_plain_checkpoint_reports_the_new_names() -> None:
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: .*model\.attn_res\.0\.query"):
         model.load_state_dict(checkpoint)
     report = model.load_state_dict(checkpoint, strict=False)
-    assert report.missing_keys == names_of("model.attn_res", 6)
+    assert report.missing_keys == ["model.attn_res._extra_state", *names_of("model.attn_res", 6)]
     assert report.unexpected_keys == []
     plain = llama(3)
     plain.load_state_dict(checkpoint)
@@ -92,7 +93,7 @@ def test_loading_a_plain_checkpoint_reports_the_new_names() -> None:
 
 def test_loading_a_rewritten_checkpoint_into_a_plain_model() -> None:
     report = llama(3).load_state_dict(rewrite(llama(3)).state_dict(), strict=False)
-    assert report.unexpected_keys == names_of("model.attn_res", 6)
+    assert report.unexpected_keys == ["model.attn_res._extra_state", *names_of("model.attn_res", 6)]
     assert report.missing_keys == []
 
 

@@ -25,6 +25,7 @@ from attnres_rewrite.forms.backend import AttnResBackend
 from attnres_rewrite.forms.layer_guard import LayerGuard, install_guards, remove_guards
 from attnres_rewrite.forms.live_state import LiveState
 from attnres_rewrite.forms.output_hooks import OwnCompiledCall, install_output_hooks, make_hooks_traceable
+from attnres_rewrite.forms.root_call import ReplicateWithoutRootCall, RootCall, is_traced
 from attnres_rewrite.forms.settings import EXTRA_STATE
 from attnres_rewrite.forms.site_parameters import AttnResSite, AttnResSites
 
@@ -80,7 +81,7 @@ class LiveForward:
         # Plain residuals too are compiled where another backend is to see them.
         if state.undone or (not state.enabled and state.override is None):
             return self.original(owner, *args, **kwargs)
-        if _is_traced() or torch.compiler.is_exporting() or _compat.compile_disabled():
+        if is_traced() or torch.compiler.is_exporting() or _compat.compile_disabled():
             raise NotRewrittenError(not_rewritten_message(AnchorSpec.from_json(self.spec).owner))
         install_output_hooks(owner, kwargs)
         make_hooks_traceable(owner)
@@ -180,54 +181,8 @@ class ChecksSettings:
                 sites.set_extra_state(state)
 
 
-class RootCall:
-    """The call of a model whose owners lie deeper, compiled: what surrounds them joins their graph."""
-
-    def __init__(self, model: nn.Module, state: LiveState, owner: str) -> None:
-        self.model, self.state, self.owner = model, state, owner
-        model.compile(backend=state.backend, **state.options, **_compat.isolated_compile_options())
-        self.compiled: Any = _compat.compiled_call(model)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model; raises :class:`NotRewrittenError` for a tracer."""
-        state = self.state
-        if torch.compiler.is_dynamo_compiling() or not state.enabled:
-            return _compat.call_uncompiled(self.model, *args, **kwargs)
-        if state.override is not None:
-            return _compat.call_uncompiled(self.model, *args, **kwargs)
-        if _is_traced():
-            raise NotRewrittenError(not_rewritten_message(self.owner))
-        install_output_hooks(self.model, kwargs)
-        make_hooks_traceable(self.model)
-        if modes := _compat.active_dispatch_modes():
-            return state.run_watched(modes, _call, self.model, *args, **kwargs)
-        return state.run(self.compiled, *args, **kwargs)
-
-
-class ReplicateWithoutRootCall:
-    """What ``nn.DataParallel`` asks of a root: a replica must not have the compiled call of the original."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self) -> nn.Module:
-        """A replica that is compiled at its owners."""
-        replica: nn.Module = getattr(type(self.model), _compat.REPLICATE)(self.model)
-        _compat.set_compiled_call(replica, None)
-        return replica
-
-
-def _is_traced() -> bool:
-    """Whether a tracer that cannot follow compiled code is looking."""
-    return _compat.is_jit_tracing() or _compat.is_symbolically_tracing()
-
-
 def _run_layers(forward: LiveForward, owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return forward.run_layers(owner, *args, **kwargs)
-
-
-def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return _compat.call_uncompiled(model, *args, **kwargs)
 
 
 def live_forwards(model: nn.Module) -> Iterator[tuple[str, LiveForward]]:

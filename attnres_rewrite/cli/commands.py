@@ -1,0 +1,152 @@
+"""What the commands do: each takes plain values and gives what is to be printed."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnres_rewrite.named_models import CommandError, is_config_folder, load_model, load_weights, require
+
+if TYPE_CHECKING:
+    from attnres_rewrite import AttnResConfig, OnnxExport
+
+SCHEDULES = ("auto", "per_read", "two_phase")
+
+
+def run_demo(**settings: Any) -> None:
+    """Run the demo with a console that shows its progress."""
+    require("transformers", "matplotlib", "onnx", "onnxscript", "onnxruntime")
+    from rich.console import Console
+
+    from attnres_rewrite import demo
+
+    try:
+        demo.run_demo(demo.DemoSettings(**settings), Console())
+    except (ValueError, FileNotFoundError) as error:
+        raise CommandError(str(error)) from error
+
+
+def run_bench(name: str, json_file: Path | None, *, alone: bool, **settings: Any) -> None:
+    """Measure a model named on the command line and print a table; progress goes to standard error.
+
+    Args:
+        name: As for :func:`load_model`.
+        json_file: Where the results are written too.
+        alone: Whether to measure compile times and memory.
+        **settings: Those of :class:`attnres_rewrite.bench.BenchSettings`.
+
+    Raises:
+        CommandError: There is no such model, or a setting has no such value.
+        AttnResError: The model cannot be rewritten, or there are no inputs for it.
+    """
+    from rich.console import Console
+
+    from attnres_rewrite import AttnResError, bench
+
+    if settings["schedule"] not in SCHEDULES:
+        raise CommandError(f"--schedule takes {', '.join(SCHEDULES)}, not {settings['schedule']!r}")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise CommandError(f"--json {json_file}: the folder {json_file.parent} does not exist")
+    progress = Console(stderr=True)
+    try:
+        wanted = bench.BenchSettings(**settings)
+        device = str(wanted.resolve_device())
+    except AttnResError:
+        raise
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    result = bench.compare(lambda: load_model(name, device), wanted, progress=progress.print)
+    if alone:
+        progress.print("Measuring compile times and memory, each form in a process with an empty cache")
+        result = dataclasses.replace(result, alone=bench.run_alone(name, wanted))
+    Console().print(result.table())
+    for note in result.notes():
+        print(note)
+    if json_file is not None:
+        result.save(json_file)
+
+
+def explain_model(name: str, config: "AttnResConfig", *, as_json: bool = False) -> str:
+    """The report of :func:`attnres_rewrite.explain` on a model named on the command line.
+
+    Raises:
+        CommandError: There is no such model.
+    """
+    from attnres_rewrite import explain
+    from attnres_rewrite.api import explain_recorded
+    from attnres_rewrite.huggingface.saving import read_record
+
+    model, example_inputs = load_model(name)
+    record = read_record(Path(name)) if is_config_folder(name) else None
+    if record is not None:
+        report = explain_recorded(model, record)
+    else:
+        report = explain(model, config=config, example_inputs=example_inputs)
+    return json.dumps(report.to_dict(), indent=1) if as_json else str(report)
+
+
+def export_model(
+    name: str,
+    out: Path,
+    config: "AttnResConfig",
+    weights: Path | None,
+    *,
+    as_json: bool = False,
+    **options: Any,
+) -> str:
+    """Export a model named on the command line and tell what was written.
+
+    Args:
+        name: As for :func:`load_model`.
+        out: The file to write.
+        config: How a model is rewritten that is not yet.
+        weights: A file for :func:`load_weights`.
+        as_json: Whether to tell it as JSON.
+        **options: Those of :func:`attnres_rewrite.export_onnx`.
+
+    Raises:
+        CommandError: There is no such model, or the weights do not fit it.
+        AttnResError: The model cannot be rewritten or exported; no file is written.
+    """
+    require("onnx", "onnxscript", "onnxruntime")
+    from torch.fx import GraphModule
+
+    from attnres_rewrite import attnres_parameters, export_onnx, rewrite
+    from attnres_rewrite.huggingface.saving import read_record
+
+    # The exporters print their progress; what is asked for goes to the output alone.
+    with contextlib.redirect_stdout(sys.stderr):
+        model, example_inputs = load_model(name, device="cpu")
+        if not any(attnres_parameters(model)):
+            # Only the export runs the model, so that no kernel is worth compiling; a graph takes no backend.
+            backend = "inductor" if isinstance(model, GraphModule) else "eager"
+            model = rewrite(model, config=config, example_inputs=example_inputs, backend=backend)
+        if weights is not None:
+            origin = load_weights(model, weights)
+        elif is_config_folder(name) and read_record(Path(name)) is not None:
+            origin = f"those in {name}"
+        elif is_config_folder(name):
+            origin = "random, because a configuration has none; --weights FILE exports trained ones"
+        else:
+            origin = f"as {name} returned them"
+        exported = export_onnx(model, out, example_inputs, **options)
+    return _as_json(exported, origin) if as_json else _as_text(exported, origin)
+
+
+def _as_json(exported: "OnnxExport", weights: str) -> str:
+    differences = [{"sizes": sizes, "difference": value} for sizes, value in exported.differences.items()]
+    told = {"path": str(exported.path), "weights": weights, "differences": differences}
+    return json.dumps({**dataclasses.asdict(exported), **told}, indent=1)
+
+
+def _as_text(exported: "OnnxExport", weights: str) -> str:
+    lines = [
+        f"{exported.path}: {exported.sites} sites",
+        f"weights: {weights}",
+        f"inputs: {', '.join(exported.inputs)}",
+        f"outputs: {', '.join(exported.outputs)}",
+        "largest difference between ONNX Runtime and PyTorch, relative to the largest output:",
+    ]
+    return "\n".join([*lines, *(f"  sizes {sizes}: {value:.1e}" for sizes, value in exported.differences.items())])

@@ -1,0 +1,60 @@
+"""The call of a rewritten root, which joins what surrounds the owners with their graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnres_rewrite import _compat
+from attnres_rewrite.errors import NotRewrittenError
+from attnres_rewrite.forms.anchor import not_rewritten_message
+from attnres_rewrite.forms.live_state import LiveState
+from attnres_rewrite.forms.output_hooks import install_output_hooks, make_hooks_traceable
+
+
+class RootCall:
+    """The call of a model whose owners lie deeper, compiled: what surrounds them joins their graph."""
+
+    def __init__(self, model: nn.Module, state: LiveState, owner: str) -> None:
+        self.model, self.state, self.owner = model, state, owner
+        model.compile(backend=state.backend, **state.options, **_compat.isolated_compile_options())
+        self.compiled: Any = _compat.compiled_call(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model; raises :class:`NotRewrittenError` for a tracer."""
+        state = self.state
+        if torch.compiler.is_dynamo_compiling() or not state.enabled:
+            return _compat.call_uncompiled(self.model, *args, **kwargs)
+        if state.override is not None:
+            return _compat.call_uncompiled(self.model, *args, **kwargs)
+        if is_traced():
+            raise NotRewrittenError(not_rewritten_message(self.owner))
+        install_output_hooks(self.model, kwargs)
+        make_hooks_traceable(self.model)
+        if modes := _compat.active_dispatch_modes():
+            return state.run_watched(modes, _call, self.model, *args, **kwargs)
+        return state.run(self.compiled, *args, **kwargs)
+
+
+class ReplicateWithoutRootCall:
+    """What ``nn.DataParallel`` asks of a root: a replica must not have the compiled call of the original."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self) -> nn.Module:
+        """A replica that is compiled at its owners."""
+        replica: nn.Module = getattr(type(self.model), _compat.REPLICATE)(self.model)
+        _compat.set_compiled_call(replica, None)
+        return replica
+
+
+def is_traced() -> bool:
+    """Whether a tracer that cannot follow compiled code is looking."""
+    return _compat.is_jit_tracing() or _compat.is_symbolically_tracing()
+
+
+def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return _compat.call_uncompiled(model, *args, **kwargs)
