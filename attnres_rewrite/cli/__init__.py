@@ -2,7 +2,6 @@
 
 # No postponed annotations here: typer reads them, and they name things that are imported in functions.
 import contextlib
-import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
