@@ -104,7 +104,8 @@ def merged_names(plain: nn.Module) -> list[str]:
     """The keys of the model with its sites, which come after its owner's own."""
     names = list(plain.state_dict())
     last = max(i for i, name in enumerate(names) if name.startswith("model."))
-    return [*names[: last + 1], *names_of("model.attn_res", 2 * LAYERS), *names[last + 1 :]]
+    sites = ["model.attn_res._extra_state", *names_of("model.attn_res", 2 * LAYERS)]
+    return [*names[: last + 1], *sites, *names[last + 1 :]]
 
 
 @torch.no_grad()

@@ -125,8 +125,8 @@ def check_settings(state: Mapping[str, Any], prefix: str, own: Settings, owner: 
         own.require(Settings.from_tensor(state[f"{prefix}{EXTRA_STATE}"]), owner)
     elif any(key.startswith(prefix) for key in state):
         _logger.warning(
-            "these weights of module %r have queries but not the settings that they were trained with, as version 0.1 "
-            "saved them: that these are those of the model cannot be checked, which has %s",
+            "these weights of module %r have queries but not the settings that they were trained with (as those of an "
+            "ExportedProgram, or saved by version 0.1): whether they are those of the model, %s, cannot be checked",
             owner or "(root)",
             own.to_dict(),
         )
