@@ -21,6 +21,7 @@ from models import (
     token_ids,
 )
 from torch import Tensor, nn
+from zoo.handwritten import LayerAttributes
 
 import attnres_rewrite as ar
 from attnres_rewrite.capture.dynamo import capture_whole
@@ -346,3 +347,10 @@ def test_mixed_precision_of_accelerate_and_back(model) -> None:
     assert 1e-5 < relative_error(prepared_model(X), reference(X)) < 0.1
     back = accelerator.unwrap_model(prepared_model, keep_fp32_wrapper=False)
     assert outcome(reference, lambda: back(X)) == "attnres"
+
+
+def test_layers_in_a_list_of_python_ask_too() -> None:
+    """Dynamo names them by the list, of which a model knows nothing."""
+    model = ar.rewrite(LayerAttributes(), 2, example_inputs=torch.arange(12).reshape(2, 6), backend="eager")
+    with pytest.raises(ar.NotRewrittenError, match="is run past the module that owns it"):
+        model.blocks[1](torch.randn(2, 6, 64))

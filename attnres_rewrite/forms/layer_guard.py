@@ -82,9 +82,20 @@ def _called_in(stream: ResidualStream, branch: Branch) -> str | None:
 def install_guards(model: nn.Module, names: Iterable[str], guard: LayerGuard) -> None:
     """Make the modules ``names`` of ``model`` ask ``guard`` before they run."""
     for name in sorted(names):
-        module = model.get_submodule(name)
-        # Before the hooks of libraries, which may move or gather what a layer needs to run.
-        module.register_forward_pre_hook(guard, prepend=True)
+        if (module := _module_at(model, name)) is not None:
+            # Before the hooks of libraries, which may move or gather what a layer needs to run.
+            module.register_forward_pre_hook(guard, prepend=True)
+
+
+def _module_at(model: nn.Module, name: str) -> nn.Module | None:
+    """The module that a graph calls ``name``, also where the model keeps it in a list or dictionary of Python."""
+    found: Any = model
+    for part in name.split("."):
+        if isinstance(found, (list, tuple)):
+            found = found[int(part)] if part.isdigit() and int(part) < len(found) else None
+        else:
+            found = found.get(part) if isinstance(found, dict) else getattr(found, part, None)
+    return found if isinstance(found, nn.Module) else None
 
 
 def remove_guards(model: nn.Module) -> None:
