@@ -124,7 +124,11 @@ def test_every_zero_query_stays_a_weight_of_its_own(tmp_path: Path, tower: nn.Mo
     assert not torch.allclose(actual, unchanged, rtol=1e-3)
 
 
-@pytest.mark.parametrize("options", [{"functions": False}, {"opset_version": 20}], ids=str)
+@pytest.mark.parametrize(
+    "options", mostly_slow([{"functions": False}, {"opset_version": 20}], {"functions": False}), ids=str
+)
+    "options", mostly_slow([{"functions": False}, {"opset_version": 20}], {"functions": False}), ids=str
+)
 def test_without_functions_and_for_older_opsets(tmp_path: Path, tower: nn.Module, options: dict[str, Any]) -> None:
     result = ar.export_onnx(tower, tmp_path / "model.onnx", embeddings(), **options)
     file = onnx.load(result.path)
@@ -285,6 +289,7 @@ def test_two_phases_are_three_kinds_of_nodes_and_the_same_function(tmp_path: Pat
     assert properties == others
 
 
+@pytest.mark.slow
 def test_both_phases_read_the_query_of_a_site(tmp_path: Path) -> None:
     model = two_phase(lambda: Tower(4), embeddings())
     with torch.no_grad():
@@ -454,8 +459,12 @@ class Nothing(Tower):
         return (logits, None, logits * 2) if self.kind is tuple else {"loss": None, "logits": logits}
 
 
-@pytest.mark.parametrize(("kind", "outputs"), [(tuple, ("output_0", "output_2")), (dict, ("logits",))])
-def test_outputs_that_are_nothing(tmp_path: Path, kind: type, outputs: tuple[str, ...]) -> None:
+NOTHING = [(tuple, ("output_0", "output_2")), (dict, ("logits",))]
+
+
+@pytest.mark.parametrize("case", mostly_slow(NOTHING, NOTHING[0]))
+def test_outputs_that_are_nothing(tmp_path: Path, case: tuple[type, tuple[str, ...]]) -> None:
+    kind, outputs = case
     model = randomise_sites(ar.rewrite(Nothing(kind).eval(), 2, example_inputs=embeddings(), backend="eager"))
     result = ar.export_onnx(model, tmp_path / "model.onnx", embeddings())
     assert result.outputs == outputs

@@ -342,7 +342,7 @@ def property_test(examples: int, spoil: str | None = None) -> Callable:
 
 
 @pytest.mark.slow
-@property_test(422)
+@property_test(452)
 def test_the_planted_stream_is_found(program: Program) -> None:
     body, model = build(program)
     module, run = traced(model), reference(body)
@@ -368,7 +368,7 @@ def check_numbers(rewritten: nn.Module, body: Model, *, random: bool, tolerance:
     assert all(close(*pair, tolerance) for pair in zip(outputs, run.outputs, strict=True))
 
 
-@property_test(50)
+@property_test(20)
 def test_a_rewritten_graph_module_has_the_numbers(program: Program) -> None:
     body, model = build(program)
     module = traced(model)
