@@ -127,8 +127,6 @@ def test_every_zero_query_stays_a_weight_of_its_own(tmp_path: Path, tower: nn.Mo
 @pytest.mark.parametrize(
     "options", mostly_slow([{"functions": False}, {"opset_version": 20}], {"functions": False}), ids=str
 )
-    "options", mostly_slow([{"functions": False}, {"opset_version": 20}], {"functions": False}), ids=str
-)
 def test_without_functions_and_for_older_opsets(tmp_path: Path, tower: nn.Module, options: dict[str, Any]) -> None:
     result = ar.export_onnx(tower, tmp_path / "model.onnx", embeddings(), **options)
     file = onnx.load(result.path)
