@@ -20,7 +20,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch._dynamo
 
 
+_Hook = TypeVar("_Hook")
 _NO_LIMIT = 2**30
 _INDUCTORS_TABLE = "torch._inductor.decomposition"
 _expansions: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
@@ -364,6 +365,11 @@ def call_uncompiled(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
 REPLICATE = "_replicate_for_data_parallel"
 
 
+def pre_hooks(module: torch.nn.Module, kind: type[_Hook]) -> list[_Hook]:
+    """The forward pre-hooks of ``module`` that are a ``kind``."""
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, kind)]
+
+
 def remove_pre_hooks(module: torch.nn.Module, kind: type) -> None:
     """Take the forward pre-hooks that are a ``kind`` off ``module``, whose handles a copy does not have."""
     for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, kind)]:
@@ -376,6 +382,12 @@ def remove_load_hooks(module: torch.nn.Module, kind: type) -> None:
     hooks = module._load_state_dict_pre_hooks
     for key in [key for key, wrapped in hooks.items() if isinstance(getattr(wrapped, "hook", None), kind)]:
         del hooks[key]
+
+
+def forget_attention(config: Any, name: str) -> None:
+    """Let transformers choose the attention implementation of a model, where its configuration says ``name``."""
+    if config._attn_implementation == name:
+        config._attn_implementation = None
 
 
 def has_hooks(module: torch.nn.Module) -> bool:

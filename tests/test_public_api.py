@@ -22,7 +22,9 @@ FUNCTIONS = {
     "disabled": ["model"],
     "explain": ["model", "blocks", "example_inputs", "config"],
     "export_onnx": ["model", "path", "example_inputs", "use_cache", "dynamic_shapes"],
+    "from_pretrained": ["directory", "model", "backend", "options"],
     "rewrite": ["model", "blocks", "example_inputs", "config", "backend", "compile_options"],
+    "save_pretrained": ["model", "directory", "options"],
     "undo": ["model"],
     "verify": ["model", "example_inputs"],
 }
@@ -30,6 +32,7 @@ CLASSES = {"AttnResBackend", "AttnResConfig", "DepthAttention", "OnnxExport", "R
 ERRORS = {
     "AttnResError": RuntimeError,
     "BlockPartitionError": ValueError,
+    "CheckpointError": ar.AttnResError,
     "ExampleInputsError": ValueError,
     "GraphBreakError": ar.AttnResError,
     "MissingPackageError": ImportError,

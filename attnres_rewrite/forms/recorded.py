@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from attnres_rewrite import _compat
 from attnres_rewrite.errors import CheckpointError
 from attnres_rewrite.forms.anchor import AnchorSpec
 from attnres_rewrite.forms.backend import AttnResBackend
@@ -63,8 +64,7 @@ class Recorded:
         guards = [
             (name, hook.owner)
             for name, module in model.named_modules()
-            for hook in module._forward_pre_hooks.values()
-            if isinstance(hook, LayerGuard)
+            for hook in _compat.pre_hooks(module, LayerGuard)
         ]
         owners = []
         for name, forward in live:

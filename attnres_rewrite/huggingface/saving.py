@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from attnres_rewrite import _compat
 from attnres_rewrite._version import __version__
 from attnres_rewrite.errors import CheckpointError
 from attnres_rewrite.forms.live import live_forwards
@@ -145,8 +146,7 @@ def restore(config: Any, replaced: dict[str, Any]) -> None:
         path, _, field = name.rpartition(".")
         setattr(by_path[f"{path}." if path else ""], field, value)
     for one in by_path.values():
-        if one._attn_implementation == MARK:
-            one._attn_implementation = None
+        _compat.forget_attention(one, MARK)
 
 
 def _named_configs(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
