@@ -116,6 +116,7 @@ def test_blocks_that_are_no_count(blocks) -> None:
         ar.rewrite(llama(3), blocks)
 
 
+@pytest.mark.slow
 def test_more_blocks_than_layers() -> None:
     refused(llama(3), ar.BlockPartitionError, 'only 3 layers .*choose at most 3, or blocks="full"', 4)
     # The default is 8.

@@ -317,6 +317,7 @@ class TestTiming:
         assert StepTimes((2.0,), (3.0,)).spread == (1.5, 1.5)
 
 
+    @pytest.mark.slow
 class TestCompare:
     def test_a_language_model(self, kept):
         told = []

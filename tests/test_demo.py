@@ -51,6 +51,7 @@ def test_demo_writes_its_four_files_and_nothing_else(demo):
         assert (folder / name).read_bytes().startswith(b"\x89PNG\r\n")
 
 
+@pytest.mark.slow
 def test_demo_prints_one_table_with_every_figure(demo):
     result, _, text = demo
     for run in (result.plain, result.rewritten):
@@ -62,12 +63,14 @@ def test_demo_prints_one_table_with_every_figure(demo):
     assert text.count("┏") == 1
 
 
+@pytest.mark.slow
 def test_demo_adds_two_vectors_a_site(demo):
     result, _, _ = demo
     sites = 2 * TINY.layers
     assert result.rewritten.parameters - result.plain.parameters == sites * 2 * TINY.width
 
 
+@pytest.mark.slow
 def test_demo_onnx_model_runs_on_other_sizes_and_agrees(demo):
     result, folder, _ = demo
     assert result.onnx_difference < 1e-4
@@ -76,6 +79,7 @@ def test_demo_onnx_model_runs_on_other_sizes_and_agrees(demo):
     assert session.run(None, {"input_ids": tokens})[0].shape == (5, 7, 256)
 
 
+@pytest.mark.slow
 def test_demo_results_file_holds_what_was_measured(demo):
     result, folder, _ = demo
     saved = json.loads((folder / "results.json").read_text())
@@ -85,6 +89,7 @@ def test_demo_results_file_holds_what_was_measured(demo):
     assert "out" not in saved["settings"]
 
 
+@pytest.mark.slow
 def test_both_models_start_from_the_same_function(demo):
     result, _, _ = demo
     # Zero queries: AttnRes with "mean" is the plain model up to the eps of the norms, here 1e-6.
@@ -193,6 +198,7 @@ def test_smoothing():
     assert smooth([1.0, 3.0, 5.0], window=2) == [1.0, 2.0, 4.0]
 
 
+@pytest.mark.slow
 def test_ratio_is_of_the_median_steps(demo):
     result: DemoResult = demo[0]
     assert result.step_time_ratio == result.rewritten.step_seconds / result.plain.step_seconds

@@ -15,7 +15,7 @@ CUDA = pytest.param(
 # Inductor on the CPU is covered by the tests of random queries; here it would only cost time.
 BACKENDS = [
     pytest.param("eager", "cpu", id="eager-cpu"),
-    pytest.param("aot_eager", "cpu", id="aot_eager-cpu"),
+    pytest.param("aot_eager", "cpu", id="aot_eager-cpu", marks=pytest.mark.slow),
     *(pytest.param(backend, *CUDA.values, marks=CUDA.marks, id=f"{backend}-cuda") for backend in ("eager", "inductor")),
 ]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}

@@ -100,6 +100,7 @@ def run_python(code: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_environment_variable_disables_compilation(tmp_path) -> None:
     path = tmp_path / "model.pt"
     torch.save(rewritten_llama(), path)
@@ -143,6 +144,7 @@ def test_stance_eager_on_recompile(model) -> None:
         assert outcome(model, lambda: model(IDS)) == "NotRewrittenError"
 
 
+@pytest.mark.slow
 def test_recompile_limit_with_fixed_shapes() -> None:
     model = rewritten_llama(dynamic=False)
     seen = []

@@ -17,6 +17,7 @@ from models import (
     gpt2,
     llama,
     logits,
+    mostly_slow,
     prepared,
     randomise_sites,
     relative_error,
@@ -47,10 +48,12 @@ def eagerly(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
-    ("make", "kind"), [(llama, LlamaForCausalLM), (llama, AutoModelForCausalLM), (gpt2, AutoModelForCausalLM)]
-)
-def test_from_pretrained_gives_the_rewritten_model(tmp_path, make, kind) -> None:
+KINDS = [(llama, AutoModelForCausalLM), (llama, LlamaForCausalLM), (gpt2, AutoModelForCausalLM)]
+
+
+@pytest.mark.parametrize("case", mostly_slow(KINDS, KINDS[0]))
+def test_from_pretrained_gives_the_rewritten_model(tmp_path, case) -> None:
+    make, kind = case
     config = ar.AttnResConfig(blocks=[1, 2], scale=0.7, aggregation="sum")
     model = randomise_sites(ar.rewrite(prepared(make(3)), config=config, backend="eager"))
     before = copy.deepcopy(model.config.to_dict())
@@ -75,8 +78,8 @@ def in_another_process(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("options", ["", ", attn_implementation='sdpa'"])
-@pytest.mark.parametrize("kind", ["AutoModelForCausalLM", "LlamaForCausalLM"])
+@pytest.mark.parametrize("options", mostly_slow(["", ", attn_implementation='sdpa'"], ", attn_implementation='sdpa'"))
+@pytest.mark.parametrize("kind", mostly_slow(["AutoModelForCausalLM", "LlamaForCausalLM"], "LlamaForCausalLM"))
 def test_without_the_package_it_fails_by_its_name(tmp_path, kind: str, options: str) -> None:
     trained().save_pretrained(tmp_path)
     done = in_another_process(f"import transformers; transformers.{kind}.from_pretrained({str(tmp_path)!r}{options})")
@@ -96,18 +99,18 @@ def test_a_part_of_it_and_a_whole_around_it(tmp_path) -> None:
     assert relative_error(eagerly(whole).model(IDS).last_hidden_state, expected) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("saving", "loading"),
-    [
-        ({"max_shard_size": "20KB"}, {}),
-        ({}, {"dtype": torch.bfloat16}),
-        ({}, {"device_map": "cpu"}),
-        ({}, {"attn_implementation": "eager"}),
-        ({}, {"low_cpu_mem_usage": True}),
-    ],
-    ids=["sharded", "dtype", "device_map", "attention", "memory"],
-)
-def test_as_users_load(tmp_path, saving, loading) -> None:
+WAYS = {
+    "sharded": ({"max_shard_size": "20KB"}, {}),
+    "dtype": ({}, {"dtype": torch.bfloat16}),
+    "device_map": ({}, {"device_map": "cpu"}),
+    "attention": ({}, {"attn_implementation": "eager"}),
+    "memory": ({}, {"low_cpu_mem_usage": True}),
+}
+
+
+@pytest.mark.parametrize("way", mostly_slow(WAYS, "sharded"))
+def test_as_users_load(tmp_path, way) -> None:
+    saving, loading = WAYS[way]
     model = trained()
     model.save_pretrained(tmp_path, **saving)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == ("max_shard_size" in saving)
@@ -189,6 +192,7 @@ def test_a_model_of_ones_own(tmp_path) -> None:
         ar.save_pretrained(Own(), tmp_path / "folder")
 
 
+@pytest.mark.slow
 def test_a_folder_of_transformers(tmp_path) -> None:
     model = trained()
     ar.save_pretrained(model, tmp_path / "rewritten", max_shard_size="20KB")
@@ -210,6 +214,7 @@ def on_the_command_line(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_such_a_folder(tmp_path) -> None:
     pytest.importorskip("typer")
     config = ar.AttnResConfig(blocks=[1, 2])
