@@ -317,8 +317,8 @@ class TestTiming:
         assert StepTimes((2.0,), (3.0,)).spread == (1.5, 1.5)
 
 
-    @pytest.mark.slow
 class TestCompare:
+    @pytest.mark.slow
     def test_a_language_model(self, kept):
         told = []
         # Every kind of step compiles a graph of each form, all of one function; none may be left to run as written.
