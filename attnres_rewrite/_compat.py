@@ -384,6 +384,11 @@ def remove_load_hooks(module: torch.nn.Module, kind: type) -> None:
         del hooks[key]
 
 
+def is_exporting() -> bool:
+    """Whether ``torch.export`` is tracing; up to torch 2.12 Dynamo takes the public function for true in any trace."""
+    return torch.compiler._is_exporting_flag
+
+
 def forget_attention(config: Any, name: str) -> None:
     """Let transformers choose the attention implementation of a model, where its configuration says ``name``."""
     if config._attn_implementation == name:

@@ -107,7 +107,7 @@ class LiveForward:
         sites: Any = owner.attn_res
         if self.state.enabled:
             torch.ops.attnres.anchor.default(sites.token, sites.flat(), self.spec)
-        elif not torch.compiler.is_exporting():
+        elif not _compat.is_exporting():
             torch.ops.attnres.plain_anchor.default(sites.token, self.spec)
         return _compat.unfused(self.original, owner, *args, **kwargs)
 
