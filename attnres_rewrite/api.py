@@ -19,7 +19,7 @@ from attnres_rewrite.forms.backend import AttnResBackend
 from attnres_rewrite.forms.exported import rewrite_exported
 from attnres_rewrite.forms.graph_module import rewrite_graph_module, with_metadata
 from attnres_rewrite.forms.layer_guard import layers_of
-from attnres_rewrite.forms.live import install, live_forwards, require_live, uninstall
+from attnres_rewrite.forms.live import install, require_live, require_plain, uninstall
 from attnres_rewrite.forms.live_state import LiveState
 from attnres_rewrite.forms.output_hooks import make_hooks_traceable
 from attnres_rewrite.forms.recorded import Recorded
@@ -156,12 +156,7 @@ def analyse_module(model: nn.Module, config: AttnResConfig, example_inputs: Exam
 
 
 def _capture_module(model: nn.Module, config: AttnResConfig, example_inputs: ExampleInputs | None) -> Capture:
-    rewritten = [name for name, _ in live_forwards(model)]
-    if rewritten:
-        raise UnsupportedResidualError(
-            f"the model already has Attention Residuals, in module {rewritten[0] or '(root)'!r}: undo(model) takes "
-            "them out, then it can be rewritten again"
-        )
+    require_plain(model)
     make_hooks_traceable(model)
     with uncompiled(model):
         return capture(model, example_call(model, example_inputs), config.streams)

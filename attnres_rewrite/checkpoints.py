@@ -13,7 +13,7 @@ from torch import nn
 
 from attnres_rewrite._version import __version__
 from attnres_rewrite.errors import CheckpointError, MissingPackageError
-from attnres_rewrite.forms.live import require_live, set_backend
+from attnres_rewrite.forms.live import require_live, set_backend, uninstall
 from attnres_rewrite.forms.recorded import Recorded
 from attnres_rewrite.huggingface.saving import is_of_transformers, read_record
 
@@ -105,7 +105,11 @@ def _load_own(
     safetensors = _safetensors("from_pretrained")
     made = model if isinstance(model, nn.Module) else model()
     Recorded.from_dict(saved["record"]).install(made, backend, **options)
-    safetensors.load_model(made, str(folder / WEIGHTS))
+    try:
+        safetensors.load_model(made, str(folder / WEIGHTS))
+    except BaseException:
+        uninstall(made)
+        raise
     return made
 
 

@@ -179,6 +179,14 @@ def test_a_model_of_ones_own(tmp_path) -> None:
         loaded = ar.from_pretrained(tmp_path / "folder", make, backend="eager")
         assert relative_error(loaded.eval()(x), model(x)) == 0
     assert ar.verify(loaded, x)
+    with pytest.raises(ar.UnsupportedResidualError, match="already has Attention Residuals, in module 'tower'"):
+        ar.from_pretrained(tmp_path / "folder", loaded)
+    # After an error the module is plain again.
+    wrong = Own()
+    wrong.more = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        ar.from_pretrained(tmp_path / "folder", wrong)
+    assert not any(ar.attnres_parameters(wrong))
     with pytest.raises(ar.CheckpointError, match=r"holds the weights of a Own: give it, or what makes it"):
         ar.from_pretrained(tmp_path / "folder")
     with pytest.raises(ar.CheckpointError, match="recorded for module 'tower', which this Tower does not have"):

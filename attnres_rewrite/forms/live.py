@@ -19,7 +19,7 @@ from torch import nn
 
 from attnres_rewrite import _compat
 from attnres_rewrite.capture.inputs import Taken, compiled, give_back_compilation, take_compilation
-from attnres_rewrite.errors import AttnResError, NotRewrittenError
+from attnres_rewrite.errors import AttnResError, NotRewrittenError, UnsupportedResidualError
 from attnres_rewrite.forms.anchor import AnchorSpec, not_rewritten_message
 from attnres_rewrite.forms.backend import AttnResBackend
 from attnres_rewrite.forms.layer_guard import LayerGuard, install_guards, remove_guards
@@ -232,6 +232,16 @@ def run_through(model: nn.Module, call: Callable[[Callable[..., Any]], Any], bac
         return call(compiled(model, backend, scalars=state.scalars))
     with state.compiled_here_by(backend):
         return call(model)
+
+
+def require_plain(model: nn.Module) -> None:
+    """Raise :class:`UnsupportedResidualError` if ``model`` was rewritten in place already."""
+    rewritten = [name for name, _ in live_forwards(model)]
+    if rewritten:
+        raise UnsupportedResidualError(
+            f"the model already has Attention Residuals, in module {rewritten[0] or '(root)'!r}: undo(model) takes "
+            "them out, then it can be rewritten again"
+        )
 
 
 def set_backend(model: nn.Module, backend: str | Callable[..., Any]) -> None:

@@ -14,7 +14,7 @@ from attnres_rewrite.errors import CheckpointError
 from attnres_rewrite.forms.anchor import AnchorSpec
 from attnres_rewrite.forms.backend import AttnResBackend
 from attnres_rewrite.forms.layer_guard import LayerGuard
-from attnres_rewrite.forms.live import install, require_live
+from attnres_rewrite.forms.live import install, require_live, require_plain
 from attnres_rewrite.forms.live_state import LiveState
 
 _FORMAT = 1
@@ -121,7 +121,9 @@ class Recorded:
 
         Raises:
             CheckpointError: ``model`` lacks a module that was recorded.
+            UnsupportedResidualError: It has Attention Residuals already.
         """
+        require_plain(model)
         names = {name for name, _ in model.named_modules()}
         wanted = [name for one in self.owners for name in (one.spec.owner, *one.layers)]
         if missing := [name for name in wanted if name not in names]:

@@ -108,8 +108,8 @@ class SavedSettings(nn.Module):
         Settings.of(self.spec).require(Settings.from_tensor(state), self.spec.owner)
 
 
-def check_settings(state: Mapping[str, Any], prefix: str, own: Settings, owner: str, *, wanted: bool) -> None:
-    """Compare what is in a ``state_dict`` under ``prefix`` with the settings of an owner, before anything is loaded.
+def warn_of_missing(state: Mapping[str, Any], prefix: str, own: Settings, owner: str, *, wanted: bool) -> None:
+    """Warn of a ``state_dict`` that has no settings under ``prefix`` to compare with those of an owner.
 
     Args:
         state: The ``state_dict``, or a part of it, as a sharded checkpoint is loaded.
@@ -117,13 +117,10 @@ def check_settings(state: Mapping[str, Any], prefix: str, own: Settings, owner: 
         own: The settings of the owner.
         owner: Its name, for messages.
         wanted: Whether the model is to run with Attention Residuals, and not with plain residuals for a while.
-
-    Raises:
-        CheckpointError: They are not the same.
     """
     if f"{prefix}{EXTRA_STATE}" in state:
-        own.require(Settings.from_tensor(state[f"{prefix}{EXTRA_STATE}"]), owner)
-    elif any(key.startswith(prefix) for key in state):
+        return
+    if any(key.startswith(prefix) for key in state):
         _logger.warning(
             "these weights of module %r have queries but not the settings that they were trained with (as those of an "
             "ExportedProgram, or saved by version 0.1): whether they are those of the model, %s, cannot be checked",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from attnres_rewrite import _compat
 from attnres_rewrite.errors import NotRewrittenError
 from attnres_rewrite.forms.anchor import AnchorSpec, not_rewritten_message
-from attnres_rewrite.forms.settings import EXTRA_STATE, Settings, check_settings
+from attnres_rewrite.forms.settings import EXTRA_STATE, Settings, warn_of_missing
 
 if TYPE_CHECKING:
     from attnres_rewrite.forms.live import LiveForward
@@ -84,7 +84,7 @@ class AttnResSites(nn.ModuleList):
         self.settings.require(Settings.from_tensor(state), self.owner)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        check_settings(state_dict, prefix, self.settings, self.owner, wanted=self.state.enabled)
+        warn_of_missing(state_dict, prefix, self.settings, self.owner, wanted=self.state.enabled)
         if any(key.startswith(prefix) for key in state_dict):
             # What version 0.1 saved lacks no more than this, of which the user was warned.
             state_dict = {f"{prefix}{EXTRA_STATE}": self.get_extra_state(), **state_dict}

@@ -98,25 +98,22 @@ def recorded_in(config: Any, model: Any) -> Iterator[None]:
             f"save_pretrained: this {type(model).__name__} is quantised as well as rewritten, and a folder can say "
             "only one of the two. Save its state_dict, or save it before it is quantised"
         )
-    replaced = [(one, name) for one in _configs(config) for name in _activations(one)]
-    before = [getattr(one, name) for one, name in replaced]
-    paths = {id(one): path for path, one in _named_configs(config)}
-    held = {f"{paths[id(one)]}{name}": value for (one, name), value in zip(replaced, before, strict=True)}
+    replaced = {
+        f"{path}{name}": getattr(one, name) for path, one in _named_configs(config) for name in _activations(one)
+    }
     try:
-        for one, name in replaced:
-            setattr(one, name, MARK)
+        _set(config, dict.fromkeys(replaced, MARK))
         config.__dict__[_ATTENTION] = MARK
         config.__dict__["quantization_config"] = {
             "quant_method": METHOD,
             "version": __version__,
             "record": Recorded.of(model).to_dict(),
             "of_base_model": model.base_model is model,
-            "replaced": held,
+            "replaced": replaced,
         }
         yield
     finally:
-        for (one, name), value in zip(replaced, before, strict=True):
-            setattr(one, name, value)
+        _set(config, replaced)
         for name in (_ATTENTION, "quantization_config"):
             config.__dict__.pop(name, None)
 
@@ -141,12 +138,17 @@ def plain_config(folder: Path) -> Any:
 
 def restore(config: Any, replaced: dict[str, Any]) -> None:
     """Put back into ``config``, as it was read, what :func:`recorded_in` replaced."""
-    by_path = dict(_named_configs(config))
-    for name, value in replaced.items():
-        path, _, field = name.rpartition(".")
-        setattr(by_path[f"{path}." if path else ""], field, value)
-    for one in by_path.values():
+    _set(config, replaced)
+    for _, one in _named_configs(config):
         _compat.forget_attention(one, MARK)
+
+
+def _set(config: Any, values: dict[str, Any]) -> None:
+    """Set the fields of ``config``, and of the configurations in it, that ``values`` has by their path."""
+    by_path = dict(_named_configs(config))
+    for name, value in values.items():
+        path, stop, field = name.rpartition(".")
+        setattr(by_path[f"{path}{stop}"], field, value)
 
 
 def _named_configs(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -155,10 +157,6 @@ def _named_configs(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     for name in type(config).sub_configs:
         if (inner := getattr(config, name, None)) is not None and hasattr(inner, "to_dict"):
             yield from _named_configs(inner, f"{path}{name}.")
-
-
-def _configs(config: Any) -> list[Any]:
-    return [one for _, one in _named_configs(config)]
 
 
 def _activations(config: Any) -> list[str]:
