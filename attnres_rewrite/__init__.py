@@ -1,7 +1,5 @@
 """Block Attention Residuals (arXiv:2603.15031) for the transformer you already have."""
 
-import importlib
-
 # Before anything of this package: where TORCH_LOGS names a module of it, torch imports that one when it is done itself.
 import torch
 
@@ -9,6 +7,7 @@ from attnres_rewrite import _compat, ops
 from attnres_rewrite._version import __version__ as __version__
 from attnres_rewrite.api import attnres_parameters, explain, rewrite, undo
 from attnres_rewrite.checkpoints import from_pretrained, save_pretrained
+from attnres_rewrite.compile_ahead import warm_up
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import (
     AttnResError,
@@ -24,9 +23,11 @@ from attnres_rewrite.errors import (
 )
 from attnres_rewrite.forms.backend import AttnResBackend, attnres_backend
 from attnres_rewrite.forms.live import disabled
+from attnres_rewrite.huggingface import tell_libraries
 from attnres_rewrite.inspection.depth import DepthAttention, depth_attention
 from attnres_rewrite.inspection.verification import Verification, verify
 from attnres_rewrite.onnx import OnnxExport, export_onnx
+from attnres_rewrite.optimizers import load_plain_optimizer_state, muon_groups, parameter_groups
 from attnres_rewrite.report import Report
 
 __all__ = [
@@ -52,15 +53,16 @@ __all__ = [
     "explain",
     "export_onnx",
     "from_pretrained",
+    "load_plain_optimizer_state",
+    "muon_groups",
+    "parameter_groups",
     "rewrite",
     "save_pretrained",
     "undo",
     "verify",
+    "warm_up",
 ]
 
 _compat.register_backend("attnres", attnres_backend)
-# So that transformers knows the folders of rewritten models; it is not imported for that.
-_compat.after_import(
-    "transformers.quantizers.auto", lambda _: importlib.import_module("attnres_rewrite.huggingface.loading")
-)
+tell_libraries()
 del ops, torch

@@ -352,8 +352,14 @@ def compiled_call(module: torch.nn.Module) -> Any:
 
 
 def set_compiled_call(module: torch.nn.Module, call: Any) -> None:
-    """Let a call of ``module`` run ``call``; with ``None`` its hooks and its forward, as ever."""
-    module._compiled_call_impl = call
+    """Let a call of ``module``, which need not be complete, run ``call``; with ``None`` its hooks and its forward."""
+    module.__dict__["_compiled_call_impl"] = call
+
+
+def compile_call(module: torch.nn.Module, **options: Any) -> Callable[..., Any]:
+    """What ``module.compile(**options)`` lets a call of ``module`` run, with a cache of its own."""
+    call: Callable[..., Any] = torch.compile(module._call_impl, **options, **isolated_compile_options())
+    return call
 
 
 def call_uncompiled(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -393,6 +399,11 @@ def forget_attention(config: Any, name: str) -> None:
     """Let transformers choose the attention implementation of a model, where its configuration says ``name``."""
     if config._attn_implementation == name:
         config._attn_implementation = None
+
+
+def set_missing(enumeration: Any, missing: Callable[[type, object], None]) -> None:
+    """Let ``missing`` be asked for a value that no member of ``enumeration`` has."""
+    enumeration._missing_ = classmethod(missing)
 
 
 def has_hooks(module: torch.nn.Module) -> bool:

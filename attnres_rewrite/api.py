@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
@@ -29,6 +30,9 @@ from attnres_rewrite.passes.reads_without_norm import tell_reads_without_norm
 from attnres_rewrite.pipeline import Analysis, analyse
 from attnres_rewrite.report import Report, make_report
 from attnres_rewrite.streams import StreamPlan
+
+# By the name that the container has in every form; peft keeps an adapter's copy of it one level deeper.
+_SITE_PARAMETER = re.compile(r"(^|\.)attn_res\.(modules_to_save\.[^.]+\.)?\d+\.(query|gain)$")
 
 ModelT = TypeVar("ModelT", bound=nn.Module | ExportedProgram)
 
@@ -250,9 +254,9 @@ def attnres_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Name and parameter of every pseudo-query and key gain ``[D]``, for optimizer groups.
 
     Like the gains of norms they usually get no weight decay. Works on every form that has parameters:
-    a rewritten ``nn.Module``, and a rewritten ``GraphModule`` or the module of an ``ExportedProgram``.
+    a rewritten ``nn.Module``, and a rewritten ``GraphModule`` or the module of an ``ExportedProgram``. Where an adapter
+    of peft trains the sites (``modules_to_save=["attn_res"]``), these are the adapter's.
     """
     for name, parameter in model.named_parameters():
-        *_, container, index, leaf = ("", "", *name.rsplit(".", 3))
-        if container == "attn_res" and index.isdigit() and leaf in ("query", "gain"):
+        if _SITE_PARAMETER.search(name):
             yield name, parameter

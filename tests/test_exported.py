@@ -370,3 +370,26 @@ def test_module_call_signatures(make, kept, lost, caplog) -> None:
 def test_aoti(case: Case, tmp_path: Path) -> None:
     path = torch._inductor.aoti_compile_and_package(case.rewritten, package_path=str(tmp_path / "program.pt2"))
     check_numbers(case, torch._inductor.aoti_load_package(path), tolerance=1e-4)
+
+
+class Dropping(nn.Module):
+    """A tower with dropout in its branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.drop = nn.ModuleList(Feed() for _ in range(2)), nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + self.drop(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_that_export_fixed_is_told(training, caplog) -> None:
+    program = torch.export.export(Dropping().train(training), (embeddings(),))
+    ar.rewrite(program, 2)
+    lines = [r.getMessage() for r in caplog.records if r.name == "attnres_rewrite.forms.fixed_by_export"]
+    assert [line.split(", and")[0] for line in lines] == [
+        "this ExportedProgram was exported in train mode: dropout is active in 2 operators, the first in 'drop'"
+    ] * training

@@ -121,6 +121,51 @@ def test_saved_adapters_load_into_a_rewritten_model(tmp_path) -> None:
     assert relative_error(again(IDS).logits, reference(plain, model)) < TOLERANCE
 
 
+def test_an_adapter_carries_the_sites_that_it_trains(tmp_path, caplog) -> None:
+    """``modules_to_save`` gives it a copy of them; without the adapter the model has its own ones."""
+    plain = prepared(llama(LAYERS))
+    before = rewritten(copy.deepcopy(plain))
+    own = [p.detach().clone() for _, p in ar.attnres_parameters(before)]
+    model = with_adapters(before, modules_to_save=["attn_res"])
+    found = dict(ar.attnres_parameters(model))
+    assert list(found) == names_of("base_model.model.model.attn_res.modules_to_save.default", 2 * LAYERS)
+    assert all(p.requires_grad for p in found.values())
+    randomise_sites(model, seed=7)
+    queries, gains = site_parameters(model)
+    output = model(IDS).logits
+    assert relative_error(output, reference(plain, model)) < TOLERANCE
+    output.square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in found.values())
+    with model.disable_adapter(), torch.no_grad():
+        expected = reference_llama(plain, IDS, own[::2], own[1::2], blocks=BLOCKS)
+        assert relative_error(model(IDS).logits, expected) < TOLERANCE
+    assert ar.verify(model, {"input_ids": IDS})
+
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(rewritten(copy.deepcopy(plain)), tmp_path).eval()
+    assert relative_error(again(IDS).logits, output) < TOLERANCE
+    merged = again.merge_and_unload()
+    assert [p.tolist() for _, p in ar.attnres_parameters(merged)] == [p.tolist() for p in found.values()]
+    assert relative_error(merged(IDS).logits, output) < TOLERANCE
+    assert not caplog.records
+    with pytest.raises(ar.CheckpointError, match="rewrite the base model with the same blocks"):
+        peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    other = ar.rewrite(copy.deepcopy(plain), 1, example_inputs={"input_ids": IDS}, backend="eager")
+    with pytest.raises(ar.CheckpointError, match=r"blocks \(\(2, 2\),\) there, \(\(4,\),\) here"):
+        peft.PeftModel.from_pretrained(other, tmp_path)
+    assert [queries[0].tolist(), gains[0].tolist()] == [found[name].tolist() for name in list(found)[:2]]
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_an_adapter_without_the_sites_that_were_trained_says_so(tmp_path, caplog, trained) -> None:
+    model = ORDERS["after the rewrite"](prepared(llama(LAYERS)))
+    for _, parameter in ar.attnres_parameters(model):
+        parameter.requires_grad_(trained)
+    model.save_pretrained(tmp_path)
+    said = [r.getMessage() for r in caplog.records if r.name == "attnres_rewrite.huggingface.adapters"]
+    assert ['modules_to_save=["attn_res"]' in line for line in said] == [True] * trained
+
+
 @torch.no_grad()
 def test_undo_keeps_the_adapters() -> None:
     plain = prepared(llama(LAYERS))

@@ -388,13 +388,45 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+# A shallow copy shares its parts with the original, and is compiled at its owner.
+KEEPING = {
+    **{name: way for name, way in COPIES.items() if name != "copy"},
+    "average": lambda model: torch.optim.swa_utils.AveragedModel(model).module,
+}
+
+
 @pytest.mark.parametrize("way", COPIES)
-@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("warm", mostly_slow([False, True], False), ids=["cold", "warm"])
 def test_copies(model, way, warm) -> None:
     if warm:
         model(IDS)
     twin = COPIES[way](model)
     assert outcome(model, lambda: twin(IDS)) == "attnres"
+
+
+TARGETS = (torch._C._nn.linear, torch.ops.attnres.block_attn_res.default)
+SEEN: list[torch.fx.GraphModule] = []
+
+
+def keeps_graphs(module: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+    SEEN.append(module)
+    return module.forward
+
+
+@pytest.mark.parametrize("way", mostly_slow([*KEEPING, "nothing"], "deepcopy"))
+def test_a_copy_keeps_the_head_in_the_graph(way) -> None:
+    """It is outside of the owner: without the root's compilation it would run eagerly."""
+    model = rewritten_llama(backend=keeps_graphs)
+    twin = KEEPING.get(way, lambda same: same)(model)
+    SEEN.clear()
+    assert outcome(model, lambda: twin(IDS)) == "attnres"
+    (graph,) = SEEN
+    counts = [sum(n.target is target for n in graph.graph.nodes) for target in TARGETS]
+    assert counts == [7 * LAYERS + 1, 2 * LAYERS]
+    if way != "nothing":
+        ar.undo(twin)
+        assert relative_error(twin(IDS).logits, plain_llama()(IDS).logits) < 1e-6
+        assert outcome(model, lambda: model(IDS)) == "attnres"
 
 
 def test_a_deep_copy_is_independent(model) -> None:

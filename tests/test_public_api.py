@@ -23,10 +23,14 @@ FUNCTIONS = {
     "explain": ["model", "blocks", "example_inputs", "config"],
     "export_onnx": ["model", "path", "example_inputs", "use_cache", "dynamic_shapes"],
     "from_pretrained": ["directory", "model", "backend", "options"],
+    "load_plain_optimizer_state": ["optimizer", "state_dict", "model"],
+    "muon_groups": ["model", "weight_decay", "attnres_lr"],
+    "parameter_groups": ["model", "weight_decay", "attnres_lr"],
     "rewrite": ["model", "blocks", "example_inputs", "config", "backend", "compile_options"],
     "save_pretrained": ["model", "directory", "options"],
     "undo": ["model"],
     "verify": ["model", "example_inputs"],
+    "warm_up": ["model", "inputs", "modes", "loss", "progress"],
 }
 CLASSES = {"AttnResBackend", "AttnResConfig", "DepthAttention", "OnnxExport", "Report", "Verification"}
 ERRORS = {

@@ -88,7 +88,7 @@ def not_rewritten_message(owner: str) -> str:
         "backend of this package, but its layers are being run without it: with torch.compile switched off "
         "(TORCH_COMPILE_DISABLE=1), past Dynamo's recompile limit, with another backend, or by a tracer "
         "(torch.jit.trace, torch.export, torch.onnx.export). Call the model itself, or "
-        'torch.compile(model, backend="attnres"); '
+        'torch.compile(model, backend="attnres"); in a Trainer leave torch_compile out, the model compiles itself; '
         "to export, rewrite the ExportedProgram or use attnres_rewrite.export_onnx; for plain residuals on purpose, "
         "use attnres_rewrite.disabled(model)"
     )

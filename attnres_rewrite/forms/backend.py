@@ -221,9 +221,19 @@ def _plans(anchor: Anchor, streams: list[ResidualStream]) -> list[StreamPlan]:
             f"compiler sees {sum(found)} of them in one graph{last}. No part of the stream may run alone. Usual "
             "causes: a graph break between layers, DistributedDataParallel's optimize_ddp (set "
             "torch._dynamo.config.optimize_ddp = False), or torch.compile on single layers (compile the whole "
-            "model instead)." + (f" Dynamo's last graph break: {broken}" if broken else "")
+            "model instead)." + _told_by(broken)
         )
     return [StreamPlan.recorded(s, sizes) for s, sizes in zip(streams, anchor.spec.blocks, strict=True)]
+
+
+def _told_by(broken: str) -> str:
+    """What Dynamo's last graph break says of the cause; empty if there was none."""
+    if "AlignDevicesHook" in broken:
+        return (
+            " Here it is accelerate, whose hooks (cpu_offload, disk_offload, a device_map over several devices) move "
+            "weights before every layer, where no compiler follows: load the model on one device, or shard it by FSDP2"
+        )
+    return f" Dynamo's last graph break: {broken}" if broken else ""
 
 
 def _reads(streams: Sequence[ResidualStream]) -> str:

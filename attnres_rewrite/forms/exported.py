@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from attnres_rewrite import _compat
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import GraphBreakError
+from attnres_rewrite.forms.fixed_by_export import tell_what_export_fixed
 from attnres_rewrite.graph.nodes import require_tensor
 from attnres_rewrite.passes import InlineRegions, Site, SiteParameters
 from attnres_rewrite.passes.reads_without_norm import tell_reads_without_norm
@@ -52,6 +53,7 @@ def rewrite_exported(
     sites = [insert(module, plan, binder.parameters(plan), config) for plan in plans]
     if recorded is None:
         tell_reads_without_norm([site for inserted in sites for site in inserted], config)
+        tell_what_export_fixed(program)
     calls = _module_calls(program, module, plans, sites)
     module, signature = _compat.outline_modes(module, binder.signature())
     return _with_graph(program, module, signature, binder.state, calls)

@@ -25,7 +25,7 @@ from attnres_rewrite.forms.backend import AttnResBackend
 from attnres_rewrite.forms.layer_guard import LayerGuard, install_guards, remove_guards
 from attnres_rewrite.forms.live_state import LiveState
 from attnres_rewrite.forms.output_hooks import OwnCompiledCall, install_output_hooks, make_hooks_traceable
-from attnres_rewrite.forms.root_call import ReplicateWithoutRootCall, RootCall, is_traced
+from attnres_rewrite.forms.root_call import CopiesOfRoot, RootCall, is_traced
 from attnres_rewrite.forms.settings import EXTRA_STATE
 from attnres_rewrite.forms.site_parameters import AttnResSite, AttnResSites
 
@@ -59,10 +59,17 @@ class LiveForward:
 
         return forward
 
+    @property
+    def sites(self) -> AttnResSites:
+        """The parameters of the owner's sites."""
+        sites = sites_of(self.attnres_owner)
+        assert sites is not None, "the rewrite was taken out"
+        return sites
+
     def of(self, owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The forward of ``owner``, the module that was rewritten or a copy of it, as it is now."""
-        sites = getattr(owner, "attn_res", None)
-        if isinstance(sites, AttnResSites) and sites.live.rewrite == self.rewrite:
+        sites = sites_of(owner)
+        if sites is not None and sites.live.rewrite == self.rewrite:
             return sites.live.run(owner, *args, **kwargs)
         # Taken out, and perhaps rewritten anew: then whoever wraps this is called by the new one.
         return self.original(owner, *args, **kwargs)
@@ -104,7 +111,8 @@ class LiveForward:
         """The anchor and the original forward, for Dynamo to trace."""
         if self.state.undone:
             return self.original(owner, *args, **kwargs)
-        sites: Any = owner.attn_res
+        container: Any = owner.attn_res
+        sites = container.itself
         if self.state.enabled:
             torch.ops.attnres.anchor.default(sites.token, sites.flat(), self.spec)
         elif not _compat.is_exporting():
@@ -159,7 +167,8 @@ class TellsItsModule:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The arguments, after the module if that is not the owner."""
-        sites: Any = module.attn_res
+        container: Any = module.attn_res
+        sites = container.itself
         if sites.live.attnres_owner is module:
             return None
         if sites.live.replaced is not None:
@@ -176,9 +185,8 @@ class ChecksSettings:
     def __call__(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
         """Raise :class:`CheckpointError` for the first owner whose settings are others."""
         for name, live in live_forwards(module):
-            sites: Any = live.attnres_owner.attn_res
             if (state := state_dict.get(f"{prefix}{name}{'.' * bool(name)}attn_res.{EXTRA_STATE}")) is not None:
-                sites.set_extra_state(state)
+                live.sites.set_extra_state(state)
 
 
 def _run_layers(forward: LiveForward, owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -188,9 +196,15 @@ def _run_layers(forward: LiveForward, owner: nn.Module, *args: Any, **kwargs: An
 def live_forwards(model: nn.Module) -> Iterator[tuple[str, LiveForward]]:
     """Name and live forward of every owner in ``model``, also of one that a library has wrapped since."""
     for name, module in model.named_modules():
-        sites = getattr(module, "attn_res", None)
-        if isinstance(sites, AttnResSites):
+        if (sites := sites_of(module)) is not None:
             yield name, sites.live
+
+
+def sites_of(module: nn.Module) -> AttnResSites | None:
+    """The site parameters of ``module`` that are in use, if it is an owner; peft may have wrapped their container."""
+    child = dict(module.named_children()).get("attn_res")
+    found = getattr(child, "itself", None)
+    return found if isinstance(found, AttnResSites) else None
 
 
 def require_live(model: object, verb: str) -> list[tuple[str, LiveForward]]:
@@ -286,7 +300,7 @@ def install(
     if not any(spec.owner == "" for spec in specs):
         # What surrounds the owners (embedding, head, loss) is compiled with them as one graph.
         _compat.set_compiled_call(model, RootCall(model, state, specs[0].owner))
-        model.__dict__[_compat.REPLICATE] = ReplicateWithoutRootCall(model)
+        model.__dict__[_compat.REPLICATE] = CopiesOfRoot(model, state, specs[0].owner)
 
 
 def _around(specs: Sequence[AnchorSpec]) -> list[str]:

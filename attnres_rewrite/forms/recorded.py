@@ -73,7 +73,7 @@ class Recorded:
             way = of_root.owner.removesuffix(name)
             plain = tuple(path.removeprefix(way) for path in of_root.plain if path.startswith(way))
             spec = dataclasses.replace(of_root, owner=name, plain=plain)
-            widths = tuple(site.query.numel() for site in model.get_submodule(name).attn_res)  # type: ignore[union-attr]
+            widths = tuple(site.query.numel() for site in forward.sites)
             layers = tuple(layer for layer, owner in guards if owner == of_root.owner)
             owners.append(RecordedOwner(spec, widths, layers))
         state = live[0][1].state

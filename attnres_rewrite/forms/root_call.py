@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +20,7 @@ class RootCall:
 
     def __init__(self, model: nn.Module, state: LiveState, owner: str) -> None:
         self.model, self.state, self.owner = model, state, owner
-        model.compile(backend=state.backend, **state.options, **_compat.isolated_compile_options())
-        self.compiled: Any = _compat.compiled_call(model)
+        self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; raises :class:`NotRewrittenError` for a tracer."""
@@ -35,20 +35,32 @@ class RootCall:
         make_hooks_traceable(self.model)
         if modes := _compat.active_dispatch_modes():
             return state.run_watched(modes, _call, self.model, *args, **kwargs)
-        return state.run(self.compiled, *args, **kwargs)
+        if self._compiled is None:
+            # At the first call and not before: a copy is not complete yet when it gets its call.
+            self._compiled = _compat.compile_call(self.model, backend=state.backend, **state.options)
+        return state.run(self._compiled, *args, **kwargs)
 
 
-class ReplicateWithoutRootCall:
-    """What ``nn.DataParallel`` asks of a root: a replica must not have the compiled call of the original."""
+class CopiesOfRoot:
+    """What a copy of a root is compiled as: a deep or an unpickled one like the root, a replica at its owners alone.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    It stands where ``nn.DataParallel`` asks a module for a replica. ``nn.Module`` leaves what is compiled out of its
+    copies, so this object, which is copied with the root, gives the copy a call of its own.
+    """
+
+    def __init__(self, model: nn.Module, state: LiveState, owner: str) -> None:
+        self.model, self.state, self.owner = model, state, owner
 
     def __call__(self) -> nn.Module:
-        """A replica that is compiled at its owners."""
+        """A replica for another device."""
         replica: nn.Module = getattr(type(self.model), _compat.REPLICATE)(self.model)
         _compat.set_compiled_call(replica, None)
         return replica
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        self.__dict__.update(fields)
+        # The copy has no attributes yet, so it takes none the usual way.
+        _compat.set_compiled_call(self.model, RootCall(self.model, self.state, self.owner))
 
 
 def is_traced() -> bool:

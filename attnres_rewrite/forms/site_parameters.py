@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +46,10 @@ class AttnResSite(nn.Module):
         return f"width={self.query.numel()}, gain={self.gain is not None}"
 
 
-class AttnResSites(nn.ModuleList):
+class AttnResSites(nn.Module):
     """All sites of one owner, in depth order, with the token of its anchor. Its parent is the owner.
+
+    No ``nn.ModuleList``, of which peft cannot keep a trained copy (``modules_to_save=["attn_res"]``).
 
     Args:
         sites: The sites.
@@ -61,14 +64,30 @@ class AttnResSites(nn.ModuleList):
     live: LiveForward
 
     def __init__(self, sites: Sequence[AttnResSite], state: LiveState, owner: str, live: LiveForward) -> None:
-        super().__init__(sites)
+        super().__init__()
+        for index, site in enumerate(sites):
+            self.add_module(str(index), site)
         self.state, self.owner, self.live = state, owner, live
         device = sites[0].query.device
         self.register_buffer("token", torch.zeros(1, device=device), persistent=False)
 
+    def __iter__(self) -> Iterator[AttnResSite]:
+        return iter(self.children())  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(list(self.children()))
+
+    def __getitem__(self, index: int) -> AttnResSite:
+        return list(self)[index]
+
+    @property
+    def itself(self) -> AttnResSites:
+        """The container whose parameters are in use, asked of whatever a library has put in its place."""
+        return self
+
     def flat(self) -> list[Tensor]:
         """Query and gain of every site, in the order in which the anchor takes them."""
-        return [p for site in self for p in (site.query, site.gain) if p is not None]  # type: ignore[misc]
+        return [p for site in self for p in (site.query, site.gain) if p is not None]
 
     @property
     def settings(self) -> Settings:
@@ -84,11 +103,22 @@ class AttnResSites(nn.ModuleList):
         self.settings.require(Settings.from_tensor(state), self.owner)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        warn_of_missing(state_dict, prefix, self.settings, self.owner, wanted=self.state.enabled)
+        # Where an adapter of peft has trained parameters, these ones wait behind it.
+        wanted = self.state.enabled and self.live.sites is self
+        warn_of_missing(state_dict, prefix, self.settings, self.owner, wanted=wanted)
         if any(key.startswith(prefix) for key in state_dict):
             # What version 0.1 saved lacks no more than this, of which the user was warned.
             state_dict = {f"{prefix}{EXTRA_STATE}": self.get_extra_state(), **state_dict}
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttnResSites:
+        """With the owner, a part of its copy; alone, as peft copies what an adapter trains, other numbers for it."""
+        if id(self.live.attnres_owner) not in memo:
+            memo[id(self.live)], memo[id(self.state)] = self.live, self.state
+        new = memo[id(self)] = type(self).__new__(type(self))
+        state: dict[str, Any] = {name: value for name, value in self.__dict__.items() if name != "_compiled_call_impl"}
+        new.__dict__.update(copy.deepcopy(state, memo))
+        return new
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """As of every module, but not for ``torch.fx.symbolic_trace``.
