@@ -9,6 +9,7 @@ from attnres_rewrite.api import attnres_parameters, explain, rewrite, undo
 from attnres_rewrite.checkpoints import from_pretrained, save_pretrained
 from attnres_rewrite.compile_ahead import warm_up
 from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.conversion import export_state_dict, import_state_dict
 from attnres_rewrite.errors import (
     AttnResError,
     BlockPartitionError,
@@ -52,7 +53,9 @@ __all__ = [
     "disabled",
     "explain",
     "export_onnx",
+    "export_state_dict",
     "from_pretrained",
+    "import_state_dict",
     "load_plain_optimizer_state",
     "muon_groups",
     "parameter_groups",

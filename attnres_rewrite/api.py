@@ -187,7 +187,8 @@ def _owners(model: nn.Module, analysis: Analysis) -> dict[str, list[StreamPlan]]
 
 def _spec(owner: str, plans: list[StreamPlan], config: AttnResConfig, plain: tuple[str, ...]) -> AnchorSpec:
     blocks = tuple(plan.block_sizes for plan in plans)
-    return AnchorSpec(owner, blocks, dataclasses.replace(config, blocks=1, layers_per_block=None, streams=None), plain)
+    settled = dataclasses.replace(config, blocks=1, layers_per_block=None, sublayers_per_block=None, streams=None)
+    return AnchorSpec(owner, blocks, settled, plain)
 
 
 def explain(

@@ -35,9 +35,12 @@ class AttnResConfig:
         streams: Names of the owner modules whose streams are rewritten, or one name; ``None`` means all.
         leftovers: What becomes of sublayers that are on no stream and in no branch of one: ``"refuse"`` (the model) or
             ``"plain"`` (they keep their plain residuals, and what there are streams of is rewritten).
+        sublayers_per_block: Instead of ``blocks`` and ``layers_per_block``: blocks of this many branch outputs, which
+            may end within a layer; the last takes what remains. 1 is ``blocks="full"``.
 
     Raises:
-        BlockPartitionError: ``blocks`` or ``layers_per_block`` is not a positive integer, or both are given.
+        BlockPartitionError: ``blocks``, ``layers_per_block`` or ``sublayers_per_block`` is not a positive integer, or
+            more than one of them is given.
         ValueError: Another field has a value outside its range.
     """
 
@@ -50,16 +53,15 @@ class AttnResConfig:
     schedule: Literal["auto", "per_read", "two_phase"] = "auto"
     streams: tuple[str, ...] | None = None
     leftovers: Literal["refuse", "plain"] = "refuse"
+    sublayers_per_block: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", _checked(self.blocks))
-        if self.layers_per_block is not None:
-            _check_count("layers_per_block", self.layers_per_block)
-            if self.blocks != _DEFAULT_BLOCKS:
-                raise BlockPartitionError(
-                    f"blocks={self.blocks!r} and layers_per_block={self.layers_per_block} both say how the layers are "
-                    "grouped: give one of them"
-                )
+        for name in ("layers_per_block", "sublayers_per_block"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
+        if len(named := self._groupings()) > 1:
+            raise BlockPartitionError(f"{' and '.join(named)} both say how the layers are grouped: give one of them")
         choices = {
             "aggregation": ("mean", "sum"),
             "schedule": ("auto", "per_read", "two_phase"),
@@ -84,15 +86,19 @@ class AttnResConfig:
         """This configuration with ``blocks``, which it must not have settled itself.
 
         Raises:
-            BlockPartitionError: It names other blocks, or layers per block.
+            BlockPartitionError: It names other blocks, or layers or sublayers per block.
         """
         blocks = _checked(blocks)
-        if self.layers_per_block is None and self.blocks in (_DEFAULT_BLOCKS, blocks):
+        named = self._groupings()
+        if not named or named == [f"{blocks=!r}"]:
             return dataclasses.replace(self, blocks=blocks)
-        named = "blocks" if self.layers_per_block is None else "layers_per_block"
-        raise BlockPartitionError(
-            f"blocks={blocks!r} was given, and config says {named}={getattr(self, named)!r}: give one of them"
-        )
+        raise BlockPartitionError(f"{blocks=!r} was given, and config says {named[0]}: give one of them")
+
+    def _groupings(self) -> list[str]:
+        """The fields that were set to say how the layers are grouped, each with its value."""
+        defaults = {"blocks": _DEFAULT_BLOCKS, "layers_per_block": None, "sublayers_per_block": None}
+        values = {name: getattr(self, name) for name in defaults}
+        return [f"{name}={value!r}" for name, value in values.items() if value != defaults[name]]
 
     def blocks_of(self, owner: str) -> BlocksOfStream:
         """The blocks of the stream that the module ``owner`` holds: their number, or the layers in every one."""

@@ -21,7 +21,7 @@ class StreamReport:
         width: D, the size of the stream.
         branches: Number of branch outputs, which is also the number of sites.
         layers: Names of the layers.
-        blocks: For every block, the names of its layers; with ``"full"`` a layer may be in several.
+        blocks: For every block, the names of its layers; a layer may be in several where they are counted in sublayers.
         sources: Number of sources of every site.
         parameters: Number of parameters that are added.
         bytes_per_token: Memory that the block summaries take while the forward runs, in bytes a token.

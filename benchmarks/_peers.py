@@ -77,8 +77,22 @@ def naive_attnres() -> Form:
     """``fla.ops.attnres.naive_attnres`` of fla-core, in plain torch.
 
     Read in 0.6.0: it normalises with ``F.rms_norm`` (epsilon inside the root, the gain its weight), has a logit scale
-    of 1.0, works in float32 and keeps the sources' dtype. The package ``fla.ops`` imports triton, which this one file
-    does not need; where triton is missing the file is loaded by its path in the installed package.
+    of 1.0, works in float32 and keeps the sources' dtype.
+    """
+    naive = naive_attnres_of_fla()
+
+    def form(sources: list[Tensor], query: Tensor, gain: Tensor) -> Tensor:
+        out: Tensor = naive(query, sources, gain, rms_eps=EPS, scale=1.0)
+        return out
+
+    return form
+
+
+def naive_attnres_of_fla() -> Callable[..., Tensor]:
+    """The function itself.
+
+    The package ``fla.ops`` imports triton, which this one file does not need; where triton is missing the file is
+    loaded by its path in the installed package.
     """
     try:
         module = importlib.import_module("fla.ops.attnres")
@@ -93,12 +107,8 @@ def naive_attnres() -> Form:
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # Dynamo looks the globals of what it compiles up by name
         spec.loader.exec_module(module)
-
-    def form(sources: list[Tensor], query: Tensor, gain: Tensor) -> Tensor:
-        out: Tensor = module.naive_attnres(query, sources, gain, rms_eps=EPS, scale=1.0)
-        return out
-
-    return form
+    function: Callable[..., Tensor] = module.naive_attnres
+    return function
 
 
 def fused_attnres() -> Form:

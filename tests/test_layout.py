@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "attnres_rewrite"
 LAYERS = (
     ("cli", "demo", "bench", "named_models"),
     ("__init__",),
-    ("api", "checkpoints", "compile_ahead", "optimizers"),
+    ("api", "checkpoints", "compile_ahead", "conversion", "optimizers"),
     ("onnx", "inspection", "huggingface"),
     ("forms",),
     ("capture",),

@@ -12,6 +12,7 @@ from models import (
     Tower,
     embeddings,
     gpt2,
+    gpt_neox,
     llama,
     prepared,
     randomise_sites,
@@ -62,8 +63,9 @@ def test_what_is_no_count(value) -> None:
     if value is not None:
         with pytest.raises(ar.BlockPartitionError, match=f'must be a positive integer, or "full", not {value!r}'):
             ar.AttnResConfig(blocks=value)
-        with pytest.raises(ar.BlockPartitionError, match="layers_per_block must be a positive integer, not"):
-            ar.AttnResConfig(layers_per_block=value)
+        for name in ("layers_per_block", "sublayers_per_block"):
+            with pytest.raises(ar.BlockPartitionError, match=f"^{name} must be a positive integer, not"):
+                ar.AttnResConfig(**{name: value})
     with pytest.raises(ar.BlockPartitionError):
         ar.AttnResConfig(blocks={"model": value})
 
@@ -96,11 +98,31 @@ def test_blocks_of_a_model_hold_whole_layers(options, sizes) -> None:
     assert list(stream.sources) == [n + 2 for n, size in enumerate(sizes) for _ in range(2 * size)]
 
 
-def test_full_makes_every_branch_output_a_block() -> None:
-    (stream,) = ar.explain(llama(LAYERS), "full").streams
+@pytest.mark.parametrize("grouping", [{"blocks": "full"}, {"sublayers_per_block": 1}])
+def test_full_makes_every_branch_output_a_block(grouping) -> None:
+    (stream,) = ar.explain(llama(LAYERS), config=ar.AttnResConfig(**grouping)).streams
     assert stream.sources == tuple(range(2, 2 * LAYERS + 2))
     assert len(stream.blocks) == 2 * LAYERS
     assert stream.blocks[:2] == (("model.layers.0",), ("model.layers.0",))
+
+
+def test_blocks_of_sublayers_end_within_a_layer() -> None:
+    (stream,) = ar.explain(llama(4), config=ar.AttnResConfig(sublayers_per_block=3)).streams
+    assert stream.sources == (2, 2, 2, 3, 3, 3, 4, 4)
+    layers = [f"model.layers.{i}" for i in range(4)]
+    assert stream.blocks == (tuple(layers[:2]), tuple(layers[1:3]), tuple(layers[3:]))
+    # Of parallel residuals a layer is one branch output.
+    (stream,) = ar.explain(gpt_neox(4), config=ar.AttnResConfig(sublayers_per_block=3)).streams
+    assert stream.sources == (2, 2, 2, 3)
+
+
+def test_blocks_of_more_sublayers_than_there_are() -> None:
+    config = ar.AttnResConfig(sublayers_per_block=7)
+    with pytest.raises(
+        ar.BlockPartitionError, match=r"sublayers_per_block=7, but .* 6 branch outputs: choose at most 6"
+    ):
+        ar.explain(gpt2(3), config=config)
+    assert len(ar.explain(gpt2(4), config=config).streams[0].blocks) == 2
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -132,17 +154,25 @@ def test_sizes_that_do_not_add_up() -> None:
             ar.AttnResConfig(sizes)
 
 
-@pytest.mark.parametrize("sizes", [[1, 2, 1], [3, 1], (1, 1, 1, 1)])
-def test_explicit_sizes_are_recorded_and_are_those_of_every_form(sizes) -> None:
+@pytest.mark.parametrize(
+    ("grouping", "ends"),
+    [
+        ({"blocks": [1, 2, 1]}, {2, 6, 8}),
+        ({"blocks": [3, 1]}, {6, 8}),
+        ({"blocks": (1, 1, 1, 1)}, {2, 4, 6, 8}),
+        ({"sublayers_per_block": 3}, {3, 6, 8}),
+        ({"sublayers_per_block": 3, "schedule": "two_phase"}, {3, 6, 8}),
+    ],
+)
+def test_sizes_are_recorded_and_are_those_of_every_form(grouping, ends) -> None:
     """In the live form, a program and a graph, and after a copy: the same numbers as the sums by hand."""
-    x = embeddings()
+    x, config = embeddings(), ar.AttnResConfig(**grouping)
     model = prepared(Tower(4))
-    exported = ar.rewrite(torch.export.export(model, (x,)), sizes).module()
-    traced = ar.rewrite(torch.fx.symbolic_trace(model), sizes, example_inputs=x)
-    live = randomise_sites(ar.rewrite(copy.deepcopy(model), sizes, example_inputs=x, backend="eager"))
+    exported = ar.rewrite(torch.export.export(model, (x,)), config=config).module()
+    traced = ar.rewrite(torch.fx.symbolic_trace(model), config=config, example_inputs=x)
+    live = randomise_sites(ar.rewrite(copy.deepcopy(model), config=config, example_inputs=x, backend="eager"))
     queries, gains = site_parameters(live)
     sublayers = [sublayer for layer in model.layers for sublayer in (layer.first, layer.second)]
-    ends = {2 * end for end in accumulate(sizes)}
     summaries, partial = [model.embed(x)], None
     h = summaries[0]
     for k, sublayer in enumerate(sublayers, start=1):
@@ -164,6 +194,7 @@ def test_explicit_sizes_are_recorded_and_are_those_of_every_form(sizes) -> None:
     ("blocks", "config", "given"),
     [
         (2, {"layers_per_block": 2}, "layers_per_block=2"),
+        (2, {"sublayers_per_block": 2}, "sublayers_per_block=2"),
         (2, {"blocks": 4}, "blocks=4"),
         ("full", {"blocks": [2, 1]}, r"blocks=\(2, 1\)"),
     ],
@@ -174,6 +205,8 @@ def test_blocks_that_are_named_twice(blocks, config, given) -> None:
             verb(gpt2(3), blocks, config=ar.AttnResConfig(**config))
     with pytest.raises(ar.BlockPartitionError, match="both say how the layers are grouped: give one of them"):
         ar.AttnResConfig(blocks=2, layers_per_block=2)
+    with pytest.raises(ar.BlockPartitionError, match=r"^layers_per_block=2 and sublayers_per_block=4 both say"):
+        ar.AttnResConfig(layers_per_block=2, sublayers_per_block=4)
 
 
 def test_blocks_that_are_named_twice_and_agree() -> None:

@@ -22,8 +22,10 @@ FUNCTIONS = {
     "disabled": ["model"],
     "explain": ["model", "blocks", "example_inputs", "config"],
     "export_onnx": ["model", "path", "example_inputs", "use_cache", "dynamic_shapes"],
+    "export_state_dict": ["state_dict", "convention"],
     "from_pretrained": ["directory", "model", "backend", "options"],
     "load_plain_optimizer_state": ["optimizer", "state_dict", "model"],
+    "import_state_dict": ["state_dict", "convention", "config"],
     "muon_groups": ["model", "weight_decay", "attnres_lr"],
     "parameter_groups": ["model", "weight_decay", "attnres_lr"],
     "rewrite": ["model", "blocks", "example_inputs", "config", "backend", "compile_options"],
@@ -88,6 +90,7 @@ def test_configuration() -> None:
         "schedule": "auto",
         "streams": None,
         "leftovers": "refuse",
+        "sublayers_per_block": None,
     }
     with pytest.raises(dataclasses.FrozenInstanceError):
         ar.AttnResConfig().blocks = 3
@@ -100,6 +103,7 @@ def test_configuration() -> None:
         ar.AttnResConfig("full", aggregation="sum", eps=0.0, scale=0.5, key_gain=False),
         ar.AttnResConfig({"encoder": 2, "decoder": "full"}, streams=("encoder", "decoder")),
         ar.AttnResConfig(layers_per_block=12),
+        ar.AttnResConfig(sublayers_per_block=3),
     ],
 )
 def test_configuration_as_json(config) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite.config import AttnResConfig, partition_layers
+from attnres_rewrite.errors import BlockPartitionError
 from attnres_rewrite.graph.memory import writers_of
 from attnres_rewrite.graph.nodes import data_inputs, module_stack, op_name
 from attnres_rewrite.passes.base import Pass, PostconditionError
@@ -29,12 +30,14 @@ class GroupLayers(Pass):
         layer_of = tuple(itertools.accumulate((a != b for a, b in itertools.pairwise(names)), initial=0))
         layers = tuple(name for name, _ in itertools.groupby(names))
         blocks = config.blocks_of(stream.owner)
-        if blocks == "full" and config.layers_per_block is None:
-            block_of = tuple(itertools.accumulate((bool(b.adds) for b in stream.branches[1:]), initial=0))
+        if blocks == "full":
+            block_of = _blocks_of_sublayers(stream, 1)
+        elif config.sublayers_per_block is not None:
+            block_of = _blocks_of_sublayers(stream, config.sublayers_per_block)
         else:
             sizes = partition_layers(
                 len(layers),
-                blocks=None if config.layers_per_block is not None or isinstance(blocks, str) else blocks,
+                blocks=None if config.layers_per_block is not None else blocks,
                 layers_per_block=config.layers_per_block,
             )
             block_of_layer = [block for block, size in enumerate(sizes) for _ in range(size)]
@@ -42,7 +45,7 @@ class GroupLayers(Pass):
         return StreamPlan(stream, layers, layer_of, block_of)
 
     def ensures(self, module: GraphModule, result: StreamPlan, *inputs: object) -> None:
-        """Blocks are contiguous, none is empty, and no layer is in two of them (unless every branch is one)."""
+        """Blocks are contiguous, and none is empty."""
         steps = {b - a for a, b in itertools.pairwise(result.block_of)}
         if result.block_of[0] != 0 or not steps <= {0, 1}:
             raise PostconditionError(f"blocks are not contiguous: {result.block_of}")
@@ -50,6 +53,17 @@ class GroupLayers(Pass):
     def summary(self, result: StreamPlan) -> str:
         """Counts for the log."""
         return f"stream {result.stream.owner!r}: {len(result.layers)} layers in {result.blocks} blocks"
+
+
+def _blocks_of_sublayers(stream: ResidualStream, per_block: int) -> tuple[int, ...]:
+    """The block of every branch, where a block is so many branch outputs."""
+    # A value that is read again adds nothing: it is in the block of the branch output before it.
+    numbers = list(itertools.accumulate((bool(b.adds) for b in stream.branches[1:]), initial=0))
+    if per_block > (found := numbers[-1] + 1):
+        raise BlockPartitionError(
+            f"sublayers_per_block={per_block}, but the stream has only {found} branch outputs: choose at most {found}"
+        )
+    return tuple(number // per_block for number in numbers)
 
 
 def _layer_names(stream: ResidualStream) -> list[str]:
