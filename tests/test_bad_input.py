@@ -147,6 +147,7 @@ def test_configuration_out_of_range(field, value) -> None:
         ar.AttnResConfig(**{field: value})
 
 
+@pytest.mark.slow
 def test_already_rewritten() -> None:
     ids = token_ids()
     model = randomise_sites(ar.rewrite(prepared(llama(3)), 2, backend="eager"))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from models import VOCAB, WIDTH, gpt2, llama, prepared, randomise_sites, site_parameters, token_ids
+from models import VOCAB, WIDTH, gpt2, llama, mostly_slow, prepared, randomise_sites, site_parameters, token_ids
 from reference_models import reference_gpt2, reference_llama
 from torch import Tensor, nn
 
@@ -78,7 +78,7 @@ def generate(model: nn.Module, ids: Tensor = PROMPT, **options: object) -> Tenso
     return model.generate(ids, **{"max_new_tokens": NEW_TOKENS, "do_sample": False, **options})
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", mostly_slow(MODES, "greedy"))
 def test_every_mode_equals_recomputing(llamas, mode) -> None:
     model, recomputing = llamas
     tokens = generate(model, **MODES[mode])
@@ -96,7 +96,7 @@ def test_the_modes_differ_and_the_queries_show(llamas) -> None:
     assert not any(torch.equal(tokens[mode], plain[mode]) for mode in MODES)
 
 
-@pytest.mark.parametrize("mode", ["greedy", "beam search"])
+@pytest.mark.parametrize("mode", mostly_slow(["greedy", "beam search"]))
 def test_static_cache(llamas, mode) -> None:
     """A buffer of fixed size, so every step has the same shapes."""
     model, recomputing = llamas
@@ -123,6 +123,7 @@ def test_other_prompts_follow_on_what_was_compiled(llamas) -> None:
         assert torch.equal(generate(model, ids), generate(recomputing, ids, use_cache=False))
 
 
+@pytest.mark.slow
 def test_left_padded_batches(llamas) -> None:
     """Padding goes in by the attention mask; the tokens of each row are those it gets alone."""
     model, recomputing = llamas
@@ -160,6 +161,7 @@ def test_zero_queries_generate_what_the_original_generates(llamas) -> None:
     assert len(tokens.unique()) > 3, "a model that repeats one token proves little"
 
 
+@pytest.mark.slow
 def test_learned_positions() -> None:
     """GPT-2 finds the position of a token by the length of the cache."""
     model, recomputing = pair(gpt2, reference_gpt2)

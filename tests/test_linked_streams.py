@@ -103,7 +103,7 @@ class Checkpointed(Linked):
 
 
 @pytest.mark.parametrize("schedule", mostly_slow(["per_read", "two_phase"], "two_phase"))
-@pytest.mark.parametrize("name", ["the embedding mixed in", "U-net skips"])
+@pytest.mark.parametrize("name", mostly_slow(["the embedding mixed in", "U-net skips"], "U-net skips"))
 def test_checkpointed_layers(name: str, schedule: str) -> None:
     model, plain = linked(name, torch.float64), linked(name, torch.float64)
     model.__class__ = Checkpointed
@@ -116,7 +116,9 @@ def test_checkpointed_layers(name: str, schedule: str) -> None:
     assert max(relative_error(found[n].grad, gradient) for n, gradient in gradients.items()) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["the embedding mixed in", "U-net skips", "a middle value taken off"])
+@pytest.mark.parametrize(
+    "name", mostly_slow(["the embedding mixed in", "U-net skips", "a middle value taken off"], "U-net skips")
+)
 def test_the_verbs_know_linked_models(name: str) -> None:
     model = randomise_sites(live(linked(name), ar.AttnResConfig(blocks=3)))
     assert ar.verify(model, X).passed

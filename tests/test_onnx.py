@@ -124,9 +124,7 @@ def test_every_zero_query_stays_a_weight_of_its_own(tmp_path: Path, tower: nn.Mo
     assert not torch.allclose(actual, unchanged, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "options", mostly_slow([{"functions": False}, {"opset_version": 20}], {"functions": False}), ids=str
-)
+@pytest.mark.parametrize("options", mostly_slow([{"functions": False}, {"opset_version": 20}]), ids=str)
 def test_without_functions_and_for_older_opsets(tmp_path: Path, tower: nn.Module, options: dict[str, Any]) -> None:
     result = ar.export_onnx(tower, tmp_path / "model.onnx", embeddings(), **options)
     file = onnx.load(result.path)
@@ -139,6 +137,7 @@ def test_without_functions_and_for_older_opsets(tmp_path: Path, tower: nn.Module
         torch.testing.assert_close(run(result.path, x=x), tower(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_exported_program_is_exported_as_it_is(tmp_path: Path) -> None:
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     shapes = {"input_ids": dynamic, "use_cache": None}
@@ -196,7 +195,7 @@ def test_aggregation_scale_and_missing_gain(tmp_path: Path, aggregation: str) ->
         torch.testing.assert_close(run(result.path, x=x), model(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", mostly_slow([torch.float64, torch.float16, torch.bfloat16], torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dtype", mostly_slow([torch.float64, torch.float16, torch.bfloat16]), ids=str)
 def test_precisions(tmp_path: Path, dtype: torch.dtype) -> None:
     x = embeddings().to(dtype)
     model = randomise_sites(ar.rewrite(Tower(3).eval().to(dtype), blocks=2, example_inputs=x, backend="eager"))

@@ -367,6 +367,7 @@ def test_inductor_fuses_it_with_its_neighbours(device: str) -> None:
     assert not any("attnres" in line for code in codes for line in code.splitlines() if "torch.ops" in line)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_compile_caches")
 def test_inductor_makes_one_pass_over_the_rows_on_cpu() -> None:
     inputs = make_inputs(9, (2, 64, 128), dtype=torch.float32)

@@ -310,7 +310,7 @@ def with_a_hook_of_accelerate(model: nn.Module) -> nn.Module:
 WRAPPERS = [wrapped_as_accelerate_does, with_a_hook_of_accelerate]
 
 
-@pytest.mark.parametrize("wrap", WRAPPERS)
+@pytest.mark.parametrize("wrap", mostly_slow(WRAPPERS, *WRAPPERS[:1]))
 def test_a_wrapped_owner_is_still_a_rewritten_model(model, wrap) -> None:
     reference = copy.deepcopy(model)
     wrapped = wrap(model)
@@ -354,3 +354,12 @@ def test_layers_in_a_list_of_python_ask_too() -> None:
     model = ar.rewrite(LayerAttributes(), 2, example_inputs=torch.arange(12).reshape(2, 6), backend="eager")
     with pytest.raises(ar.NotRewrittenError, match="is run past the module that owns it"):
         model.blocks[1](torch.randn(2, 6, 64))
+
+
+def test_hooks_of_accelerate_that_move_weights_are_named() -> None:
+    """Offloaded to the CPU, every layer's weights come and go in a hook that no compiler follows."""
+    model = randomise_sites(ar.rewrite(prepared(Tower(2)), 2, example_inputs=embeddings(), backend="eager"))
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(ar.AttnResError, match=r"accelerate, whose hooks \(cpu_offload, disk_offload, a device_map"):
+        model(embeddings())

@@ -139,6 +139,7 @@ def test_the_passes_log_what_they_did() -> None:
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_silence_without_being_asked() -> None:
     done = run_python(REWRITE)
     assert (done.stdout, done.stderr) == ("", "")

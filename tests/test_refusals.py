@@ -116,6 +116,7 @@ class BrokenEncoder(Encoder):
         return self.norm(x)
 
 
+@pytest.mark.slow
 def test_towers_in_graphs_of_their_own_are_both_rewritten() -> None:
     model = Broken(inside=False)
     before = model(embeddings())

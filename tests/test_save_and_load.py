@@ -87,6 +87,7 @@ def test_without_the_package_it_fails_by_its_name(tmp_path, kind: str, options: 
     assert "pip install attnres-rewrite, and import attnres_rewrite before it is loaded" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_part_of_it_and_a_whole_around_it(tmp_path) -> None:
     model = trained()
     model.save_pretrained(tmp_path / "whole")
@@ -108,7 +109,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", mostly_slow(WAYS, "sharded"))
+@pytest.mark.parametrize("way", mostly_slow(WAYS))
 def test_as_users_load(tmp_path, way) -> None:
     saving, loading = WAYS[way]
     model = trained()
@@ -131,6 +132,7 @@ def test_other_settings_in_the_weights_than_in_the_configuration(tmp_path) -> No
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_copy_saves_its_own_weights_and_undo_a_plain_model(tmp_path) -> None:
     model = trained()
     other = copy.deepcopy(model)

@@ -99,7 +99,7 @@ def test_plain_residuals_in_one_thread_alone(name) -> None:
 
 
 @pytest.mark.parametrize("name", mostly_slow(MODELS, "root"))
-@pytest.mark.parametrize("verb", [ar.verify, ar.depth_attention])
+@pytest.mark.parametrize("verb", mostly_slow([ar.verify, ar.depth_attention], ar.verify))
 def test_a_model_that_is_looked_into_goes_on_serving(name, verb) -> None:
     model = rewritten(name)
     attnres, _ = references(model)

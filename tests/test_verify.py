@@ -233,7 +233,7 @@ def test_norms_of_known_models_are_recognised(caplog, make) -> None:
     assert [record for record in caplog.records if record.name.startswith("attnres_rewrite")] == []
 
 
-@pytest.mark.parametrize("make", [NoLastNorm, Taken])
+@pytest.mark.parametrize("make", mostly_slow([NoLastNorm, Taken], NoLastNorm))
 def test_verify_judges_the_aggregation_of_the_model(make) -> None:
     x = embeddings()
     (stream,) = ar.explain(prepared(make(4)), 2, example_inputs=x).streams
