@@ -26,6 +26,8 @@ from attnres_rewrite.forms.backend import AttnResBackend, attnres_backend
 from attnres_rewrite.forms.live import disabled
 from attnres_rewrite.huggingface import tell_libraries
 from attnres_rewrite.inspection.depth import DepthAttention, depth_attention
+from attnres_rewrite.inspection.dynamics import TrainingDynamics, training_dynamics
+from attnres_rewrite.inspection.statistics import log_dict
 from attnres_rewrite.inspection.verification import Verification, verify
 from attnres_rewrite.onnx import OnnxExport, export_onnx
 from attnres_rewrite.optimizers import load_plain_optimizer_state, muon_groups, parameter_groups
@@ -46,6 +48,7 @@ __all__ = [
     "OnnxExport",
     "OnnxExportError",
     "Report",
+    "TrainingDynamics",
     "UnsupportedResidualError",
     "Verification",
     "attnres_parameters",
@@ -57,10 +60,12 @@ __all__ = [
     "from_pretrained",
     "import_state_dict",
     "load_plain_optimizer_state",
+    "log_dict",
     "muon_groups",
     "parameter_groups",
     "rewrite",
     "save_pretrained",
+    "training_dynamics",
     "undo",
     "verify",
     "warm_up",

@@ -395,6 +395,20 @@ def is_exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
+def callbacks_beside(callback: object) -> list[Any]:
+    """All callbacks of the Trainer of transformers that is calling ``callback``; none if something else calls it.
+
+    The loggers are among them. Transformers gives a callback no way to these, but what calls them all is on the stack.
+    """
+    module, frame = sys.modules.get("transformers.trainer_callback"), inspect.currentframe()
+    while frame is not None and module is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, module.CallbackHandler) and any(one is callback for one in handler.callbacks):
+            return list(handler.callbacks)
+        frame = frame.f_back
+    return []
+
+
 def forget_attention(config: Any, name: str) -> None:
     """Let transformers choose the attention implementation of a model, where its configuration says ``name``."""
     if config._attn_implementation == name:

@@ -1,5 +1,6 @@
 """Every example runs as a script and shows what it says."""
 
+import csv
 import json
 import re
 import subprocess
@@ -33,6 +34,23 @@ def test_train():
     losses = [float(loss) for loss in re.findall(r"step +\d+  loss ([\d.]+)", text)]
     assert len(losses) == 12
     assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.slow
+def test_train_lightning(tmp_path):
+    pytest.importorskip("lightning.pytorch")
+    text = run("train_lightning.py", "--steps", "8", "--backend", "eager", "--out", str(tmp_path))
+    assert re.search(r"^8 steps, loss \d", text, flags=re.MULTILINE), text
+    (log,) = tmp_path.rglob("metrics.csv")
+    rows = list(csv.DictReader(log.open()))
+    losses = [float(row["loss"]) for row in rows if row["loss"]]
+    norms = {
+        int(row["step"]): float(row["attnres/total/query_norm"]) for row in rows if row["attnres/total/query_norm"]
+    }
+    assert len(losses) == 8
+    assert losses[-1] < losses[0] - 0.5
+    assert list(norms) == [2, 4, 6, 8]
+    assert 0 < norms[2] < norms[8]
 
 
 @pytest.mark.slow
@@ -95,7 +113,7 @@ def test_the_code_in_the_readme_runs(tmp_path, monkeypatch):
 def test_the_readme_names_everything_public():
     readme = EXAMPLES.parent.joinpath("README.md").read_text()
     errors = {name for name in attnres_rewrite.__all__ if name.endswith("Error")}
-    results = {"DepthAttention", "OnnxExport", "Report", "Verification"}
+    results = {"DepthAttention", "OnnxExport", "Report", "TrainingDynamics", "Verification"}
     for name in set(attnres_rewrite.__all__) - errors - results:
         assert f"`{name}(" in readme, name
 

@@ -14,7 +14,7 @@ LAYERS = (
     ("cli", "demo", "bench", "named_models"),
     ("__init__",),
     ("api", "checkpoints", "compile_ahead", "conversion", "optimizers"),
-    ("onnx", "inspection", "huggingface"),
+    ("onnx", "inspection", "huggingface", "lightning"),
     ("forms",),
     ("capture",),
     ("report",),

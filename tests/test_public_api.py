@@ -26,15 +26,25 @@ FUNCTIONS = {
     "from_pretrained": ["directory", "model", "backend", "options"],
     "load_plain_optimizer_state": ["optimizer", "state_dict", "model"],
     "import_state_dict": ["state_dict", "convention", "config"],
+    "log_dict": ["model", "example_inputs"],
     "muon_groups": ["model", "weight_decay", "attnres_lr"],
     "parameter_groups": ["model", "weight_decay", "attnres_lr"],
     "rewrite": ["model", "blocks", "example_inputs", "config", "backend", "compile_options"],
     "save_pretrained": ["model", "directory", "options"],
+    "training_dynamics": ["model", "example_inputs", "loss", "config"],
     "undo": ["model"],
     "verify": ["model", "example_inputs"],
     "warm_up": ["model", "inputs", "modes", "loss", "progress"],
 }
-CLASSES = {"AttnResBackend", "AttnResConfig", "DepthAttention", "OnnxExport", "Report", "Verification"}
+CLASSES = {
+    "AttnResBackend",
+    "AttnResConfig",
+    "DepthAttention",
+    "OnnxExport",
+    "Report",
+    "TrainingDynamics",
+    "Verification",
+}
 ERRORS = {
     "AttnResError": RuntimeError,
     "BlockPartitionError": ValueError,
@@ -148,7 +158,17 @@ def test_silence_without_being_asked() -> None:
 def test_importing_the_package_imports_no_optional_dependency() -> None:
     code = "import sys, attnres_rewrite; print([m for m in sys.modules if '.' not in m])"
     modules = run_python(code).stdout
-    for name in ("transformers", "onnx", "onnxscript", "onnxruntime", "matplotlib", "typer", "rich", "accelerate"):
+    for name in (
+        "transformers",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+        "matplotlib",
+        "typer",
+        "rich",
+        "accelerate",
+        "lightning",
+    ):
         assert f"'{name}'" not in modules
 
 
