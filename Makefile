@@ -17,7 +17,7 @@ BOOTSTRAP ?= $(shell for python in python3 python3.13 python3.12 python3.11 pyth
 	"$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { echo "$$python"; break; }; done)
 
-.PHONY: help install demo test test-slow zoo test-gpu check format bench clean
+.PHONY: help install demo test test-slow zoo test-gpu check format docs dist-check bench clean
 
 help:
 	@echo 'make demo      train a small Llama plain and rewritten, export it; options in ARGS="--steps 50"'
@@ -27,6 +27,8 @@ help:
 	@echo 'make test-gpu  run the tests that need CUDA, with PYTHON=... (now: $(PYTHON))'
 	@echo 'make check     ruff, ruff format and mypy --strict'
 	@echo 'make format    let ruff rewrite what it can'
+	@echo 'make docs      build docs/ to docs/_build/html; a warning is an error'
+	@echo 'make dist-check build wheel and sdist, and try the wheel in a clean environment with each extra'
 	@echo 'make bench     run benchmarks/'
 	@echo 'make clean     remove .venv, caches and builds'
 
@@ -75,6 +77,12 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -q -E -W --keep-going docs docs/_build/html
+
+dist-check: $(STAMP)
+	tests/packaging/dist_check.sh
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/op.py
 	$(BIN)/python benchmarks/end_to_end.py
@@ -90,5 +98,5 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/plots.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache torch_compile_debug
+	rm -rf $(VENV) build dist docs/_build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache torch_compile_debug
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -84,6 +84,11 @@ def from_pretrained(
         MissingPackageError: transformers or safetensors is missing (extra ``hf``).
     """
     folder = Path(directory)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"there is no folder {str(folder)!r}: a name on the Hub is for from_pretrained of a class of transformers, "
+            "which loads rewritten models too"
+        )
     if (folder / RECORD).is_file():
         return _load_own(folder, model, backend, options)
     if model is not None:

@@ -54,6 +54,15 @@ def test_train_lightning(tmp_path):
 
 
 @pytest.mark.slow
+def test_own_model(tmp_path):
+    text = run("own_model.py", "--steps", "12", "--backend", "eager", "--out", str(tmp_path))
+    losses = [float(loss) for loss in re.findall(r"step +\d+  loss ([\d.]+)", text)]
+    assert len(losses) == 12
+    assert losses[-1] < losses[0] - 0.5
+    assert difference(text, r"saved and loaded: largest difference (\S+)") == 0
+
+
+@pytest.mark.slow
 def test_compile_backend():
     text = run("compile_backend.py", "--inner", "eager")
     assert re.search(r"inner backend: \d+ nodes, 4 of them AttnRes sites", text), text

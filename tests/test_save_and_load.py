@@ -196,6 +196,8 @@ def test_a_model_of_ones_own(tmp_path) -> None:
     # Too few layers are seen from the names alone; one that has them but runs fewer, in the first call.
     with pytest.raises(ar.CheckpointError, match=r"recorded for module 'tower\.layers\.2"):
         ar.from_pretrained(tmp_path / "folder", lambda: Own(2))
+    with pytest.raises(ar.CheckpointError, match="there is no folder 'nowhere'"):
+        ar.from_pretrained("nowhere", Own)
     with pytest.raises(TypeError, match="max_shard_size"):
         ar.save_pretrained(model, tmp_path / "folder", max_shard_size="1GB")
     with pytest.raises(ar.AttnResError, match="save_pretrained: this Own was not rewritten in place"):
