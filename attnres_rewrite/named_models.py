@@ -26,6 +26,8 @@ EXTRAS = {
 }
 # What a message lists of the keys that do not fit.
 _KEYS_SHOWN = 6
+# How many tokens "random" is.
+_RANDOM_TOKENS = 32
 # How the key ends under which the settings of the sites are saved.
 _SETTINGS = "attn_res._extra_state"
 
@@ -176,3 +178,48 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def _listed(keys: Sequence[object]) -> str:
     return ", ".join(map(str, keys[:_KEYS_SHOWN])) + (", ..." if len(keys) > _KEYS_SHOWN else "")
+
+
+def read_token_ids(model: nn.Module, source: str) -> tuple[Tensor, Any]:
+    """Token ids ``[B, T]`` for ``model``, and the example inputs that they make.
+
+    Args:
+        model: A model that begins with an embedding of tokens.
+        source: ``"random"``, or a text file of numbers, a sequence a line, with spaces or commas between them.
+
+    Raises:
+        CommandError: The model takes no tokens, or the file is not of this kind.
+    """
+    import torch
+    from torch import nn
+
+    embedding = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
+    if embedding is None:
+        raise CommandError(f"--tokens: this {type(model).__name__} has no embedding, so it takes no tokens")
+    vocabulary = embedding.num_embeddings
+    if source == "random":
+        ids = torch.randint(vocabulary, (1, _RANDOM_TOKENS), generator=torch.Generator().manual_seed(0))
+    else:
+        ids = _ids_in(Path(source))
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise CommandError(f"--tokens {source}: ids are from 0 to {vocabulary - 1} in this {type(model).__name__}")
+    if getattr(model, "main_input_name", None) != "input_ids":
+        return ids, ids
+    config = getattr(model, "config", None)
+    decoder = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
+    return ids, {"input_ids": ids, **decoder}
+
+
+def _ids_in(path: Path) -> Tensor:
+    import torch
+
+    if not path.is_file():
+        raise CommandError(f'--tokens {path}: there is no such file; "random" takes random tokens')
+    try:
+        lines = [line.replace(",", " ").split() for line in path.read_text(encoding="utf-8").splitlines()]
+        ids = [[int(number) for number in line] for line in lines if line]
+    except ValueError as error:
+        raise CommandError(f"--tokens {path} holds something else than token ids: {error}") from error
+    if len({len(line) for line in ids}) != 1:
+        raise CommandError(f"--tokens {path}: its lines are sequences, and need one length: {sorted(map(len, ids))}")
+    return torch.tensor(ids)

@@ -380,3 +380,56 @@ def test_the_module_runs_as_a_program():
     )
     for command in ("demo", "explain", "export"):
         assert command in done.stdout
+
+
+# attnres plot
+
+
+@pytest.mark.slow
+def test_plot_a_saved_model(run, tmp_path):
+    """With its own blocks and its own queries, on the tokens of a file."""
+    import attnres_rewrite as ar
+
+    model, _ = make_rewritten_llama()
+    with torch.no_grad():
+        for name, parameter in attnres_parameters(model):
+            parameter.normal_(std=2.0 if name.endswith("query") else 1.0)
+    ar.save_pretrained(model, tmp_path / "saved")
+    (tmp_path / "tokens.txt").write_text("1 2 3\n\n4, 5, 6\n")
+    out = tmp_path / "depth.html"
+    result = run("plot", str(tmp_path / "saved"), "--out", str(out), "--tokens", str(tmp_path / "tokens.txt"))
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{out}: 4 reads of 4 sources\n"
+    depth = ar.depth_attention(model.eval(), torch.tensor([[1, 2, 3], [4, 5, 6]]))
+    depth.to_html(tmp_path / "expected.html", tokens=[f"id {n}" for n in range(1, 7)])
+    assert out.read_text() == (tmp_path / "expected.html").read_text()
+
+
+@pytest.mark.slow
+def test_plot_a_plain_model(run, tmp_path):
+    out = tmp_path / "depth.svg"
+    result = run("plot", "test_cli:make_tiny_llama", "--out", str(out), "--tokens", "random", "--blocks", "2")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"{out}: 8 reads of 4 sources; the model came plain")
+    assert out.read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--out", "depth.doc"), "--out takes a name that ends in .html, .png, .svg, .pdf, not 'depth.doc'"),
+        (("--out", "nowhere/depth.png"), "the folder nowhere does not exist"),
+        (("--tokens", "nowhere.txt"), '--tokens nowhere.txt: there is no such file; "random" takes random tokens'),
+        (("--tokens", "uneven.txt"), "--tokens uneven.txt: its lines are sequences, and need one length: [1, 2]"),
+        (("--tokens", "words.txt"), "--tokens words.txt holds something else than token ids"),
+        (("--tokens", "large.txt"), "--tokens large.txt: ids are from 0 to 63 in this LlamaForCausalLM"),
+    ],
+)
+def test_plots_that_cannot_be(monkeypatch, capsys, tmp_path, options, message):
+    for name, text in (("uneven", "1\n2 3"), ("words", "one"), ("large", "1 64")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    code, error = main(monkeypatch, capsys, "plot", "test_cli:make_tiny_llama", *options)
+    assert code == 1
+    assert message in error
+    assert not list(tmp_path.glob("depth*"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -112,7 +111,7 @@ def as_it_was(model: nn.Module, *, after_errors_only: bool = False) -> Iterator[
         after_errors_only: Whether what the context has changed stays, unless it ends with an error.
     """
     before = [
-        (m, dict(m.__dict__), [(v, copy.copy(v)) for v in m.__dict__.values() if type(v) in _CONTAINERS])
+        (m, dict(m.__dict__), [(v, v.copy()) for v in m.__dict__.values() if type(v) in _CONTAINERS])
         for m in model.modules()
     ]
     failed = True

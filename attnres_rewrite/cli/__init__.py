@@ -1,4 +1,4 @@
-"""The command line: ``attnres demo``, ``attnres explain``, ``attnres export`` and ``attnres bench``."""
+"""The command line: ``attnres demo``, ``explain``, ``export``, ``plot`` and ``bench``."""
 
 # No postponed annotations here: typer reads them, and they name things that are imported in functions.
 import contextlib
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from attnres_rewrite.cli.commands import SCHEDULES, explain_model, export_model, run_bench, run_demo
+from attnres_rewrite.cli.commands import SCHEDULES, explain_model, export_model, plot_model, run_bench, run_demo
 from attnres_rewrite.named_models import CommandError, require
 
 if TYPE_CHECKING:
@@ -107,6 +107,23 @@ def make_app() -> "typer.Typer":
         with telling_errors(as_json):
             config = make_config(blocks, layers_per_block, aggregation, streams)
             print(export_model(model, out, config, weights, as_json=as_json, **options))
+
+    @app.command()
+    def plot(
+        model: Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, or module:factory.")],
+        out: Annotated[Path, typer.Option("--out", "-o", help="An image (.png, .svg, .pdf) or a page (.html).")] = Path(
+            "depth.png"
+        ),
+        tokens: Annotated[
+            str | None,
+            typer.Option(help='A file of token ids, a sequence a line, or "random"; else the example\'s inputs.'),
+        ] = None,
+        blocks: Annotated[str, typer.Option(help=f"{blocks_help} A model that comes rewritten keeps its own.")] = "8",
+        layers_per_block: LayersPerBlock = None,
+        streams: Streams = None,
+    ) -> None:
+        """Draw how much every read of a model attends to every source."""
+        print(plot_model(model, out, make_config(blocks, layers_per_block, "mean", streams), tokens))
 
     @app.command()
     def bench(

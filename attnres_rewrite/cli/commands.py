@@ -7,12 +7,20 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnres_rewrite.named_models import CommandError, is_config_folder, load_model, load_weights, require
+from attnres_rewrite.named_models import (
+    CommandError,
+    is_config_folder,
+    load_model,
+    load_weights,
+    read_token_ids,
+    require,
+)
 
 if TYPE_CHECKING:
     from attnres_rewrite import AttnResConfig, OnnxExport
 
 SCHEDULES = ("auto", "per_read", "two_phase")
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def run_demo(**settings: Any) -> None:
@@ -150,3 +158,39 @@ def _as_text(exported: "OnnxExport", weights: str) -> str:
         "largest difference between ONNX Runtime and PyTorch, relative to the largest output:",
     ]
     return "\n".join([*lines, *(f"  sizes {sizes}: {value:.1e}" for sizes, value in exported.differences.items())])
+
+
+def plot_model(name: str, out: Path, config: "AttnResConfig", tokens: str | None = None) -> str:
+    """Write the depth weights of a model named on the command line, and tell what was written.
+
+    Args:
+        name: As for :func:`load_model`.
+        out: The file to write: a page if its name ends in ``.html``, else an image.
+        config: How a model is rewritten that is not yet.
+        tokens: As for :func:`read_token_ids`; else the model runs on its example inputs.
+
+    Raises:
+        CommandError: There is no such model, no such kind of file, or no such tokens.
+        AttnResError: The model cannot be rewritten, or there are no inputs for it.
+    """
+    if out.suffix not in (".html", *PICTURES):
+        raise CommandError(f"--out takes a name that ends in .html, {', '.join(PICTURES)}, not {str(out)!r}")
+    if not out.parent.is_dir():
+        raise CommandError(f"--out {out}: the folder {out.parent} does not exist")
+    require(*(("matplotlib",) if out.suffix in PICTURES else ()))
+    from attnres_rewrite import attnres_parameters, depth_attention, rewrite
+
+    model, inputs = load_model(name, device="cpu")
+    names = None
+    if tokens is not None:
+        ids, inputs = read_token_ids(model, tokens)
+        names = [f"id {number}" for number in ids.flatten().tolist()]
+    if fresh := not any(attnres_parameters(model)):
+        rewrite(model, config=config, example_inputs=inputs, backend="eager")
+    depth = depth_attention(model.eval(), inputs)
+    if out.suffix in PICTURES:
+        depth.plot(out)
+    else:
+        depth.to_html(out, tokens=names)
+    told = f"{out}: {len(depth.sites)} reads of {len(depth.sources)} sources"
+    return f"{told}; the model came plain, so all of its queries are zero, and its weights equal" if fresh else told

@@ -69,8 +69,9 @@ class AttnResBackend:
             return _raiser(error)
         return self._compile(module, inputs, **options)
 
-    def _scheduled(self, config: AttnResConfig, plan: StreamPlan) -> AttnResConfig:
-        config = self.configure(config)
+    def _scheduled(self, anchor: Anchor, plan: StreamPlan) -> AttnResConfig:
+        self.planned(anchor, plan)
+        config = self.configure(anchor.config)
         # Measured (benchmarks/schedule.py): with many rows two phases are faster, and fewer of the kernels differ,
         # so that there are fewer to compile. With one, the decoding of a token, every loop nest more costs more than
         # the sources that it saves.
@@ -81,6 +82,9 @@ class AttnResBackend:
     def configure(self, config: AttnResConfig) -> AttnResConfig:
         """The configuration to use for one that an anchor carries; a subclass may change it."""
         return config
+
+    def planned(self, anchor: Anchor, plan: StreamPlan) -> None:
+        """Called with every stream of an anchor before its sites are inserted; for a subclass to look at."""
 
     def site_parameters(self, module: GraphModule, anchor: Anchor) -> Sequence[SiteParameters]:
         """The nodes of the parameters of an anchor's sites; a subclass may put others in their place."""
@@ -113,7 +117,7 @@ def _own_parameters(module: GraphModule, anchor: Anchor) -> Sequence[SiteParamet
 def rewrite_captured(
     module: GraphModule,
     plain_streams: tuple[str, ...] = (),
-    configure: Callable[[AttnResConfig, StreamPlan], AttnResConfig] = lambda config, _: config,
+    configure: Callable[[Anchor, StreamPlan], AttnResConfig] = lambda anchor, _: anchor.config,
     parameters_of: Callable[[GraphModule, Anchor], Sequence[SiteParameters]] = _own_parameters,
 ) -> list[Site]:
     """Rewrite, in place, the streams of the anchors in a graph that Dynamo captured.
@@ -121,7 +125,7 @@ def rewrite_captured(
     Args:
         module: The graph.
         plain_streams: Owners whose streams stay plain on purpose, as in :class:`AttnResBackend`.
-        configure: What to make of the configuration that an anchor carries, for a stream.
+        configure: The configuration to use for a stream of an anchor; else the one that the anchor carries.
         parameters_of: The nodes of the site parameters, for an anchor.
 
     Returns:
@@ -151,7 +155,7 @@ def rewrite_captured(
         parameters = iter(parameters_of(module, anchor))
         for plan in plans:
             own = list(itertools.islice(parameters, len(plan.stream.branches)))
-            sites += insert(module, plan, own, configure(anchor.config, plan))
+            sites += insert(module, plan, own, configure(anchor, plan))
         module.graph.erase_node(anchor.node)
     module.recompile()
     return sites

@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 from attnres_rewrite import _compat
-from attnres_rewrite.capture.inputs import Taken, compiled, give_back_compilation, take_compilation
+from attnres_rewrite.capture.inputs import Taken, give_back_compilation, take_compilation
 from attnres_rewrite.errors import AttnResError, NotRewrittenError, UnsupportedResidualError
 from attnres_rewrite.forms.anchor import AnchorSpec, not_rewritten_message
-from attnres_rewrite.forms.backend import AttnResBackend
 from attnres_rewrite.forms.layer_guard import LayerGuard, install_guards, remove_guards
 from attnres_rewrite.forms.live_state import LiveState
 from attnres_rewrite.forms.output_hooks import OwnCompiledCall, install_output_hooks, make_hooks_traceable
 from attnres_rewrite.forms.root_call import CopiesOfRoot, RootCall, is_traced
+from attnres_rewrite.forms.second_backend import Backend, SecondBackend
 from attnres_rewrite.forms.settings import EXTRA_STATE
 from attnres_rewrite.forms.site_parameters import AttnResSite, AttnResSites
 
@@ -98,9 +98,9 @@ class LiveForward:
 
     def _compiled_here(self) -> Callable[..., Any]:
         if (override := self.state.override) is not None:
-            if id(self) not in override.compiled:
-                override.compiled[id(self)] = self.state.compile(_run_layers, override.backend)
-            return override.compiled[id(self)]
+            if id(self) not in override.of_owner:
+                override.of_owner[id(self)] = self.state.compile(_run_layers, override.backend)
+            return override.of_owner[id(self)]
         compiled = self._compiled
         if compiled is None:
             # Of two threads that come first together one compiles in vain.
@@ -235,16 +235,25 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         yield model
 
 
-def run_through(model: nn.Module, call: Callable[[Callable[..., Any]], Any], backend: AttnResBackend) -> Any:
+def run_through(
+    model: nn.Module, call: Callable[[Callable[..., Any]], Any], backend: Backend, *, keep: bool = False
+) -> Any:
     """What ``call`` gives on the live ``model`` compiled by ``backend``, in this thread.
 
     Where the model is not one graph, every owner is compiled by itself: Dynamo's limit of recompilations is one for
     all backends, and what lies between the breaks is the library's code, which other models share.
+
+    Args:
+        model: A rewritten model.
+        call: Takes what is to be called in place of the model.
+        backend: What compiles. Dynamo holds on to it until it is reset, so it should hold on to nothing.
+        keep: Whether what is compiled is kept with the model, for the next call with the same ``backend``.
     """
     state = next(live_forwards(model))[1].state
+    second = state.kept(backend) if keep else SecondBackend(backend, scalars=state.scalars)
     if state.whole:
-        return call(compiled(model, backend, scalars=state.scalars))
-    with state.compiled_here_by(backend):
+        return call(second.on(model))
+    with state.compiled_here_by(second):
         return call(model)
 
 
@@ -315,6 +324,7 @@ def uninstall(model: nn.Module) -> None:
     for name, live in list(live_forwards(model)):
         owner, state = model.get_submodule(name), live.state
         state.undone = True
+        state.forget_kept()
         if owner.__dict__.get("forward") is live:
             del owner.forward
             if live.replaced is not None:

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from attnres_rewrite import _compat
 from attnres_rewrite.capture.inputs import Taken
 from attnres_rewrite.forms.backend import AttnResBackend
+from attnres_rewrite.forms.second_backend import Backend, SecondBackend
 
 
 class LiveState:
@@ -39,6 +40,7 @@ class LiveState:
         self.whole = whole
         self.undone = False
         self.taken: Taken = []
+        self._kept: dict[Backend, SecondBackend] = {}
         self._here = threading.local()
 
     @property
@@ -56,22 +58,33 @@ class LiveState:
         finally:
             self._here.plain = before
 
+    def kept(self, backend: Backend) -> SecondBackend:
+        """What ``backend`` has compiled of the model so far; kept as long as the rewrite is, and not in copies."""
+        if backend not in self._kept:
+            # Of two threads that come first together one compiles in vain.
+            self._kept.setdefault(backend, SecondBackend(backend, scalars=self.scalars))
+        return self._kept[backend]
+
+    def forget_kept(self) -> None:
+        """Drop what :meth:`kept` keeps."""
+        self._kept.clear()
+
     @contextlib.contextmanager
-    def compiled_here_by(self, backend: AttnResBackend) -> Iterator[None]:
-        """Within the context this thread compiles every owner by itself, with ``backend``."""
+    def compiled_here_by(self, second: SecondBackend) -> Iterator[None]:
+        """Within the context this thread compiles every owner by itself, with another backend."""
         before = self.override
-        self._here.override = Override(backend)
+        self._here.override = second
         try:
             yield
         finally:
             self._here.override = before
 
     @property
-    def override(self) -> Override | None:
+    def override(self) -> SecondBackend | None:
         """What this thread compiles the owners with instead of :attr:`backend`."""
         return getattr(self._here, "override", None)
 
-    def compile(self, function: Callable[..., Any], backend: AttnResBackend | None = None) -> Callable[..., Any]:
+    def compile(self, function: Callable[..., Any], backend: Backend | None = None) -> Callable[..., Any]:
         """``function``, compiled by ``backend`` or that of the model, with a cache of its own."""
         compiled: Callable[..., Any] = torch.compile(
             _compat.with_own_code(function), backend=backend or self.backend, **self.options
@@ -109,15 +122,7 @@ class LiveState:
 
     def __getstate__(self) -> dict[str, Any]:
         # Like nn.Module, a copy of which is not compiled.
-        return {**self.__dict__, "taken": [], "_here": None}
+        return {**self.__dict__, "taken": [], "_kept": None, "_here": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _here=threading.local())
-
-
-class Override:
-    """Another backend for the owners of a model, for a few calls in one thread, and what it compiled."""
-
-    def __init__(self, backend: AttnResBackend) -> None:
-        self.backend = backend
-        self.compiled: dict[int, Callable[..., Any]] = {}
+        self.__dict__.update(state, _kept={}, _here=threading.local())

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import AttnResError
-from attnres_rewrite.forms.anchor import anchors_of
+from attnres_rewrite.forms.anchor import Anchor, anchors_of
 from attnres_rewrite.forms.backend import AttnResBackend
 from attnres_rewrite.graph.memory import writers_of
 from attnres_rewrite.graph.nodes import data_inputs, is_inside, module_path, module_stack
@@ -162,10 +162,13 @@ class RecordingBackend(AttnResBackend):
     def _takes(self, owner: str) -> bool:
         return owner not in self.plain_streams and (self.owners is None or owner in self.owners)
 
-    def _scheduled(self, config: AttnResConfig, plan: StreamPlan) -> AttnResConfig:
-        self._rewritten += plan.stream.branches
-        # One node then has all the sources of its site.
+    def configure(self, config: AttnResConfig) -> AttnResConfig:
+        """The configuration with which one node has all the sources of its site."""
         return dataclasses.replace(config, schedule="per_read")
+
+    def planned(self, anchor: Anchor, plan: StreamPlan) -> None:
+        """Note which branches the sites will be of."""
+        self._rewritten += plan.stream.branches
 
     def inserted(self, sites: list[Site]) -> None:
         """Note where the running sums and the reads are now."""
