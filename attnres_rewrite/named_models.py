@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import re
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from attnres_rewrite.model_names import is_model_folder, near
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -51,7 +55,7 @@ def require(*modules: str) -> None:
 
 def is_config_folder(name: str) -> bool:
     """Whether ``name`` is a folder with the configuration of a Hugging Face model."""
-    return Path(name, "config.json").is_file()
+    return is_model_folder(Path(name))
 
 
 def load_model(name: str, device: str = "meta") -> tuple[nn.Module, Any]:
@@ -65,24 +69,70 @@ def load_model(name: str, device: str = "meta") -> tuple[nn.Module, Any]:
     """
     if is_config_folder(name):
         return _from_config(Path(name), device), None
-    module_name, colon, factory = name.partition(":")
-    if not colon:
-        raise CommandError(
-            f"{name!r} is neither a folder with a config.json nor module:factory, such as my_package.models:make_model"
-        )
+    if ":" not in name:
+        raise CommandError(_not_found(name))
     from torch import nn
 
-    sys.path.insert(0, "")
-    try:
-        made = getattr(importlib.import_module(module_name), factory)()
-    except (ImportError, AttributeError) as error:
-        raise CommandError(f"{name}: {error}") from error
-    finally:
-        sys.path.remove("")
+    made = _call(name, _factory(name))
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise CommandError(f"{name} returned a {type(model).__name__}, not an nn.Module")
+        raise CommandError(f"{name} returned a {type(model).__name__}, not an nn.Module, or (nn.Module, inputs)")
     return model, inputs
+
+
+def _call(name: str, factory: Callable[[], Any]) -> Any:
+    """What a user's factory returns; an error of its own is told with the lines that lead to it."""
+    from attnres_rewrite.errors import AttnResError
+
+    try:
+        return factory()
+    except AttnResError:
+        raise
+    except Exception as error:
+        inside = error.__traceback__.tb_next if error.__traceback__ is not None else None
+        if inside is None:
+            raise CommandError(f"{name}: a factory is called without arguments, and {error}") from error
+        lines = "".join(traceback.format_tb(inside))
+        raise CommandError(f"{name} raised {type(error).__name__}: {error}\n{lines.rstrip()}") from error
+
+
+def _not_found(name: str) -> str:
+    """Why ``name`` is no model, and what is near it."""
+    told = f"{name!r} is neither a folder with a config.json nor module:factory, such as my_package.models:make_model"
+    if Path(name).is_dir():
+        told += f"; the folder {name} has no config.json, which save_pretrained() writes"
+    elif name.endswith("config.json"):
+        told += f"; give the folder, {Path(name).parent}"
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.is_dir():
+        told += (
+            f"; models are not downloaded: hf download {name} config.json --local-dir FOLDER gets what explain needs"
+        )
+    return told + _near(name)
+
+
+def _near(name: str) -> str:
+    found = near(name)
+    return f". Did you mean {' or '.join(found)}?" if found else ""
+
+
+def _factory(name: str) -> Callable[[], Any]:
+    """The function that ``module:factory`` names, whose module is imported as from this folder."""
+    module_name, _, factory = name.partition(":")
+    sys.path.insert(0, "")
+    try:
+        found = getattr(importlib.import_module(module_name), factory)
+    except ModuleNotFoundError as error:
+        # A module that this one imports is another matter.
+        missing = error.name is not None and f"{module_name}.".startswith(f"{error.name}.")
+        raise CommandError(f"{name}: {error}{_near(name) if missing else ''}") from error
+    except (ImportError, AttributeError, ValueError) as error:
+        raise CommandError(f"{name}: {error}{_near(name)}") from error
+    finally:
+        sys.path.remove("")
+    if not callable(found):
+        raise CommandError(f"{name} is a value of type {type(found).__name__}, not a function{_near(name)}")
+    made: Callable[[], Any] = found
+    return made
 
 
 def _from_config(folder: Path, device: str) -> nn.Module:
@@ -95,7 +145,12 @@ def _from_config(folder: Path, device: str) -> nn.Module:
 
     if device != "meta" and read_record(folder) is not None:
         return from_pretrained(folder, backend="eager").to(device)
-    config = plain_config(folder)
+    try:
+        config = plain_config(folder)
+    except (OSError, ValueError, KeyError) as error:
+        # What follows its first line is how to install another version.
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CommandError(f"transformers cannot read {folder / 'config.json'}: {told}") from error
     if device == "meta":
         # An empty cache made on the meta device cannot be traced, and a report has no use for one.
         config.use_cache = False

@@ -454,7 +454,7 @@ class TestCommand:
     def test_a_factory(self, run, tmp_path):
         path = tmp_path / "bench.json"
         options = (*self.OPTIONS, "--backend", "eager", "--no-inference", "--schedule", "per_read")
-        result = run("test_bench:make_llama", *options, "--json", str(path))
+        result = run("test_bench:make_llama", *options, "--out", str(path))
         assert result.exit_code == 0, result.output
         for words in ("LlamaForCausalLM", "training: step (ms)", "parameters", "ratio"):
             assert words in result.stdout
@@ -477,6 +477,17 @@ class TestCommand:
         assert result.exit_code == 0, result.output
         assert "decode (3 cached): step (ms)" in result.stdout
 
+    def test_json_is_the_output_alone(self, run, monkeypatch):
+        def compare(make_model, settings, *, progress):
+            progress("timing")
+            print("a library's own words")
+            return example_result()
+
+        monkeypatch.setattr("attnres_rewrite.bench.compare", compare)
+        result = run("test_bench:make_llama", *self.OPTIONS, "--json")
+        assert json.loads(result.stdout) == json.loads(json.dumps(example_result().to_dict()))
+        assert "timing" in result.stderr
+
     def test_alone_is_asked_for(self, run, monkeypatch):
         figures = {form: FormAlone(1.0, {"training": Alone(1.0, 0.1, None, None)}) for form in FORMS}
         asked = []
@@ -493,12 +504,9 @@ class TestCommand:
             (["test_cli:make_mlp"], "no residual stream"),
             (["test_bench:make_vision", "--length", "4"], "are for models of tokens"),
             (["test_bench:make_llama", "--blocks", "9"], "only 2 layers"),
-            (["test_bench:make_llama", "--blocks", "many"], '--blocks takes a number or "full"'),
             (["test_bench:make_llama", "--blocks", "0"], "blocks must be a positive integer"),
             (["test_bench:make_llama", "--device", "nonsense"], "device 'nonsense' cannot be used"),
-            (["test_bench:make_llama", "--dtype", "int8"], "dtype must be one of float32, bfloat16, float16"),
-            (["test_bench:make_llama", "--schedule", "x"], "--schedule takes auto, per_read, two_phase, not 'x'"),
-            (["test_bench:make_llama", "--json", "no/x.json"], "--json no/x.json: the folder no does not exist"),
+            (["test_bench:make_llama", "--out", "no/x.json"], "--out no/x.json: the folder no does not exist"),
             (["test_bench:make_llama", "--no-training", "--no-inference"], "nothing to measure"),
             (["test_cli:make_rewritten_llama"], "already has Attention Residuals"),
         ],

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import logging
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +17,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 import attnres_rewrite.demo
-from attnres_rewrite import OnnxExport, attnres_parameters, cli, named_models, rewrite
-from attnres_rewrite.demo import DemoSettings
+from attnres_rewrite import OnnxExport, attnres_parameters, cli, model_names, named_models, rewrite
+from attnres_rewrite.cli import progress
+from attnres_rewrite.demo import DemoResult, DemoSettings
+from attnres_rewrite.demo.results import RunResult
 
 
 def make_tiny_llama() -> nn.Module:
@@ -55,6 +60,10 @@ def make_nothing() -> str:
     return "text"
 
 
+def make_error() -> nn.Module:
+    raise ZeroDivisionError("of its own")
+
+
 @pytest.fixture
 def run():
     runner = CliRunner()
@@ -92,11 +101,23 @@ def settings_of(monkeypatch, run):
 
 
 def main(monkeypatch, capsys, *arguments) -> tuple[int, str]:
-    """Exit status and standard error of the entry point."""
+    """Exit status and standard error of the entry point, without the frame that typer draws around its errors."""
     monkeypatch.setattr(sys, "argv", ["attnres", *arguments])
     with pytest.raises(SystemExit) as caught:
         cli.main()
-    return caught.value.code, capsys.readouterr().err
+    error = capsys.readouterr().err
+    return caught.value.code, unframed(error) if "╭" in error else error
+
+
+def unframed(text: str) -> str:
+    return " ".join(re.sub("[─-╿]", " ", text).split())
+
+
+def examples_of(*command: str) -> list[list[str]]:
+    """The arguments of the examples in a command's help."""
+    shown = CliRunner().invoke(cli.make_app(), [*command, "--help"], terminal_width=200).output
+    lines = (line.strip() for line in shown.splitlines())
+    return [shlex.split(line)[1:] for line in lines if line.startswith("attnres ")]
 
 
 def test_options_that_say_how_layers_are_grouped(run):
@@ -115,14 +136,40 @@ def test_options_that_say_how_layers_are_grouped(run):
     ("options", "message"),
     [
         (("--blocks", "2", "--layers-per-block", "2"), "both say how the layers are grouped"),
-        (("--aggregation", "max"), "--aggregation must be one of ('mean', 'sum'), not 'max'"),
         (("--blocks", "2", "--streams", "nowhere"), "streams names ['nowhere']"),
-        (("--blocks", "2,x"), "--blocks takes a number or"),
+        (("--blocks", "9"), "only 4 layers"),
+        (("--blocks", "9"), "Here that is --blocks, or --layers-per-block"),
+        (("--blocks", "2", "--graph", "no/x.svg"), "--graph no/x.svg: the folder no does not exist"),
     ],
 )
 def test_options_that_do_not_fit(monkeypatch, capsys, options, message):
     status, error = main(monkeypatch, capsys, "explain", "test_cli:make_tiny_llama", *options)
     assert status == 1
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("explain", "x", "--aggregation", "max"), "Invalid value for '--aggregation': "),
+        (("explain", "x", "--aggregation", "max"), "'mean', 'sum'"),
+        (
+            ("explain", "x", "--blocks", "2,x"),
+            "a number or \"full\", or the layers in every block (2,2,4,4), not '2,x'",
+        ),
+        (("explain", "x", "--graph", "blocks.png"), "whose name ends in .svg, not 'blocks.png'"),
+        (("export", "x", "-o", "x.onnx", "--ort-fusions", "npu"), "'cpu', 'cuda', 'webgpu', 'dml'"),
+        (("bench", "x", "--dtype", "int8"), "'float32', 'bfloat16', 'float16'"),
+        (("bench", "x", "--schedule", "x"), "'auto', 'per_read', 'two_phase'"),
+        (("bench", "x", "--blocks", "many"), 'a number or "full"'),
+        (("demo", "--blocks", "many"), 'a number or "full"'),
+        (("explain",), "Missing argument 'MODEL'"),
+        (("explian", "x"), "Did you mean 'explain'"),
+    ],
+)
+def test_a_wrong_command_line_has_a_status_of_its_own(monkeypatch, capsys, arguments, message):
+    status, error = main(monkeypatch, capsys, *arguments)
+    assert status == 2
     assert message in error
 
 
@@ -155,13 +202,15 @@ def test_explain_a_configuration_folder_as_json(run, tmp_path):
 def test_a_refusal_as_json(run):
     result = run("explain", "test_cli:make_mlp", "--json")
     assert result.exit_code == 1
-    told = json.loads(result.output)
+    assert result.stderr.startswith("attnres: no residual stream was found")
+    told = json.loads(result.stdout)
     assert told["error"] == "NoResidualStreamError"
     assert told["message"].startswith("no residual stream was found")
 
 
 @pytest.mark.slow
-def test_export_a_configuration_with_weights_of_the_plain_model(run, folder, tmp_path):
+def test_export_a_configuration_with_weights_of_the_plain_model(run, folder, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "attnres_rewrite.onnx")
     from transformers import AutoConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -173,6 +222,10 @@ def test_export_a_configuration_with_weights_of_the_plain_model(run, folder, tmp
 
     result = run("export", str(folder), "-o", str(out), "--blocks", "2", "--weights", str(weights))
     assert result.exit_code == 0, result.output
+    # What the command line shows as stages, and nothing of what the exporters have to say.
+    stages = ["Tracing the LlamaForCausalLM and converting it to ONNX", "Comparing ONNX Runtime with PyTorch"]
+    assert [one.getMessage() for one in caplog.records if one.name == "attnres_rewrite.onnx.export"] == stages
+    assert result.stderr == ""
     path, origin, inputs, outputs, _, *differences = result.stdout.splitlines()
     assert path == f"{out}: 4 sites"
     assert origin == f"weights: {weights}, of a plain model: pseudo-queries and gains stay as they were"
@@ -327,13 +380,15 @@ def test_a_configuration_makes_no_weights(tmp_path):
         (["explain", "no_such_module:make"], "No module named 'no_such_module'"),
         (["explain", "test_cli:make_nothing"], "returned a str, not an nn.Module"),
         (["explain", "test_cli:make_mlp"], "no residual stream"),
-        (["explain", "test_cli:make_tiny_llama", "--blocks", "9"], "only 4 layers"),
-        (["explain", "test_cli:make_tiny_llama", "--blocks", "many"], '--blocks takes a number or "full"'),
+        (["explain", "test_cli:tiny_config"], "a factory is called without arguments, and tiny_config() missing 1"),
+        (["explain", "test_cli:Path"], "Path returned a "),
+        (["explain", "test_cli:__name__"], "is a value of type str, not a function"),
+        (["explain", "someone/a-model"], "hf download someone/a-model config.json"),
+        (["explain", "tests"], "the folder tests has no config.json"),
         (["demo", "--device", "nonsense"], "device 'nonsense' cannot be used"),
         (["export", "nowhere", "-o", "x.onnx"], "'nowhere' is neither a folder with a config.json nor module:factory"),
         (["export", "test_cli:make_mlp", "-o", "x.onnx"], "no residual stream"),
         (["export", "test_cli:make_rewritten_llama", "-o", "no/x.onnx"], "the folder no does not exist"),
-        (["export", "nowhere", "-o", "x.onnx", "--ort-fusions", "npu"], "takes cpu, cuda, webgpu, dml, not 'npu'"),
     ],
 )
 def test_errors_are_told_in_one_go_without_a_traceback(monkeypatch, capsys, arguments, message):
@@ -374,12 +429,190 @@ def test_the_extras_are_those_of_the_project():
         assert any(entry.startswith(module) for entry in project["optional-dependencies"][extra]), module
 
 
+def as_a_program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "attnres_rewrite.cli", *arguments], capture_output=True, text=True)
+
+
 def test_the_module_runs_as_a_program():
-    done = subprocess.run(
-        [sys.executable, "-m", "attnres_rewrite.cli", "--help"], capture_output=True, text=True, check=True
+    done = as_a_program("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for words in ("demo", "explain", "export", "plot", "bench", "Exit status: 0"):
+        assert words in done.stdout
+
+
+@pytest.mark.slow
+def test_the_program_has_the_status_that_its_help_names():
+    refused = as_a_program("explain", "no_module:make", "--json")
+    assert refused.returncode == 1
+    assert json.loads(refused.stdout)["error"] == "CommandError"
+    assert refused.stderr == "attnres: no_module:make: No module named 'no_module'\n"
+    wrong = as_a_program("explain", "x", "--aggregation", "max")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    done = as_a_program("explain", "attnres_rewrite.demo:llama", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(json.loads(done.stdout)["streams"][0]["sites"]) == 16
+
+
+def test_a_picture_of_the_blocks(run, tmp_path):
+    path = tmp_path / "blocks.svg"
+    result = run("explain", "test_cli:make_tiny_llama", "--blocks", "2", "--json", "--graph", str(path))
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout)["streams"][0]["blocks"]) == 2
+    assert result.stderr == f"attnres: the blocks are drawn in {path}\n"
+    assert path.read_text().startswith("<svg")
+
+
+COMMANDS = ("explain", "export", "plot", "bench", "demo")
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_the_examples_of_the_help_are_understood(run, monkeypatch, command):
+    ran = []
+    for name in ("explain_model", "export_model", "plot_model", "run_bench", "run_demo"):
+        monkeypatch.setattr(cli, name, lambda *_, name=name, **__: ran.append(name) or "")
+    found = examples_of(*filter(None, [command]))
+    assert len(found) >= 2
+    for arguments in found:
+        assert not command or arguments[0] == command
+        assert run(*arguments).exit_code == 0
+    assert len(ran) >= (1 if not command else 2)
+
+
+@pytest.mark.slow
+def test_the_examples_of_explain_run(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in examples_of("explain"):
+        result = run(*arguments)
+        assert result.exit_code == 0, result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["blocks.svg"]
+
+
+def test_the_version(run):
+    assert run("--version").stdout == f"attnres {attnres_rewrite.__version__}\n"
+
+
+def test_the_demo_as_json(run, monkeypatch):
+    ran = RunResult(5, (1.0, 0.5), ((2, 0.5),), 0.1, 10.0)
+    result = DemoResult(ran, ran, 1e-7, "cpu", {"steps": 2})
+
+    def demo(_, console):
+        console.print("progress")
+        print("a library's own words")
+        return result
+
+    monkeypatch.setattr(attnres_rewrite.demo, "run_demo", demo)
+    done = run("demo", "--json")
+    assert json.loads(done.stdout) == json.loads(json.dumps(result.to_dict()))
+    assert "progress" in done.stderr
+
+
+def test_stages_are_shown_on_a_terminal_alone(capsys, monkeypatch):
+    def show():
+        with progress.stages() as stage:
+            stage("Making [it]")
+            logging.getLogger("attnres_rewrite.onnx.export").info("Comparing %s", "both")
+        return capsys.readouterr()
+
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    assert show() == ("", "")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out, error = show()
+    assert out == ""
+    assert "Making [it]" in error
+    assert "Comparing both" in error
+    # The logger is as it was.
+    logger = logging.getLogger("attnres_rewrite.onnx")
+    assert (logger.level, logger.handlers) == (logging.NOTSET, [])
+
+
+def test_factories_raise_with_their_own_lines(monkeypatch, capsys):
+    status, error = main(monkeypatch, capsys, "explain", "test_cli:make_error")
+    assert status == 1
+    assert error.startswith("attnres: test_cli:make_error raised ZeroDivisionError: of its own\n")
+    assert "in make_error" in error
+    assert "cli/commands.py" not in error
+
+
+@pytest.mark.parametrize("text", ["{", '{"model_type": "no-such-type"}'])
+def test_a_configuration_that_cannot_be_read(tmp_path, monkeypatch, capsys, text):
+    (tmp_path / "config.json").write_text(text)
+    status, error = main(monkeypatch, capsys, "explain", str(tmp_path))
+    assert status == 1
+    assert error.startswith(f"attnres: transformers cannot read {tmp_path / 'config.json'}: ")
+    assert len(error.splitlines()) == 1
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with two models, one of them in a folder of its own, and a file with factories."""
+    for name in ("llama-tiny", "zoo/bert", ".hidden"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    factories = (
+        "def make_llama(layers=2): return layers",
+        "def make_bert(): return 1",
+        "def needs(x): return x",
+        "def needs_too(*, x): return x",
+        "def nothing(): pass",
+        "def _hidden(): return 1",
     )
-    for command in ("demo", "explain", "export"):
-        assert command in done.stdout
+    (tmp_path / "models.py").write_text("\n".join(factories))
+    (tmp_path / "broken.py").write_text("def")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("incomplete", "offered"),
+    [
+        ("", ["llama-tiny", "zoo/", "models:make_llama", "models:make_bert"]),
+        ("l", ["llama-tiny"]),
+        ("zoo/", ["zoo/bert"]),
+        (".h", [".hidden"]),
+        ("models:make_b", ["models:make_bert"]),
+        ("nowhere/", []),
+        ("nowhere:", []),
+    ],
+)
+def test_models_that_the_shell_offers(here, incomplete, offered):
+    assert model_names.completions(incomplete) == offered
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("lama-tiny", ["llama-tiny"]),
+        ("zoo/bart", ["zoo/bert"]),
+        ("modles:make_llama", ["models:make_llama"]),
+        ("models:make_lama", ["models:make_llama"]),
+        ("make_bert", ["models:make_bert"]),
+        ("models", ["models:make_llama", "models:make_bert"]),
+        ("something else", []),
+    ],
+)
+def test_names_near_an_unknown_one(here, monkeypatch, capsys, name, found):
+    assert model_names.near(name)[: len(found)] == found
+    monkeypatch.delitem(sys.modules, "models", raising=False)
+    status, error = main(monkeypatch, capsys, "explain", name)
+    assert status == 1
+    assert ("Did you mean" in error) == bool(found)
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("attnres explain ", ["llama-tiny", "zoo/", "models:make_llama", "models:make_bert"]),
+        ("attnres bench x --schedule ", ["auto", "per_read", "two_phase"]),
+        ("attnres explain x --aggregation s", ["sum"]),
+        ("attnres bench x --dtype f", ["float32", "float16"]),
+        ("attnres bench x --backend a", ["aot_eager"]),
+        ("attnres ex", ["explain", "export"]),
+    ],
+)
+def test_the_shell_completes(here, words, offered):
+    environ = {"_ATTNRES_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    result = CliRunner().invoke(cli.make_app(), [], prog_name="attnres", env=environ)
+    assert result.stdout.split() == offered
 
 
 # attnres plot
@@ -403,6 +636,9 @@ def test_plot_a_saved_model(run, tmp_path):
     depth = ar.depth_attention(model.eval(), torch.tensor([[1, 2, 3], [4, 5, 6]]))
     depth.to_html(tmp_path / "expected.html", tokens=[f"id {n}" for n in range(1, 7)])
     assert out.read_text() == (tmp_path / "expected.html").read_text()
+    tokens = str(tmp_path / "tokens.txt")
+    told = run("plot", str(tmp_path / "saved"), "--out", str(out), "--tokens", tokens, "--json").stdout
+    assert json.loads(told) == {"path": str(out), "fresh": False, **depth.to_dict()}
 
 
 @pytest.mark.slow

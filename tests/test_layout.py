@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "attnres_rewrite"
 # Every folder and file of the package, the users of the others first. A module imports from its own layer and below.
 LAYERS = (
-    ("cli", "demo", "bench", "named_models"),
+    ("cli", "demo", "bench", "named_models", "model_names"),
     ("__init__",),
     ("api", "checkpoints", "compile_ahead", "conversion", "optimizers"),
     ("onnx", "inspection", "huggingface", "lightning"),

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
 from attnres_rewrite.demo.corpus import Corpus, standard_library
+from attnres_rewrite.demo.quiet import quiet_exporter
 from attnres_rewrite.demo.results import DemoResult, RunResult, plot_losses
 from attnres_rewrite.demo.settings import DemoSettings
-from attnres_rewrite.demo.training import Learner, make_learners, train
+from attnres_rewrite.demo.training import Learner, build_model, make_learners, train
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import nn
 
-__all__ = ["DemoResult", "DemoSettings", "run_demo"]
+__all__ = ["DemoResult", "DemoSettings", "llama", "run_demo"]
+
+
+def llama() -> nn.Module:
+    """The model of the demo, plain and untrained: a Llama of eight layers to try the other commands on."""
+    return build_model(DemoSettings(), torch.device("cpu"))
 
 
 def run_demo(settings: DemoSettings, console: Console) -> DemoResult:
@@ -49,7 +54,7 @@ def run_demo(settings: DemoSettings, console: Console) -> DemoResult:
     example = {"input_ids": corpus.validation_batches(1, 2, settings.length)[0]}
     with console.status("Measuring the depth weights"):
         depth_attention(model, example).plot(settings.out / "depth_attention.png")
-    with console.status("Exporting to ONNX and comparing with ONNX Runtime"), _quiet_exporter():
+    with console.status("Exporting to ONNX and comparing with ONNX Runtime"), quiet_exporter():
         exported = export_onnx(model, settings.out / "model.onnx", example)
     tokens = settings.batch * settings.length
     result = DemoResult(
@@ -96,20 +101,6 @@ def _tensor_cores(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Keep the exporter's remarks about packages that this model does not need off the screen."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _result(learner: Learner, tokens: int) -> RunResult:

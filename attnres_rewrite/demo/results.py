@@ -55,10 +55,13 @@ class DemoResult:
         """Median step time of the rewritten model over that of the plain one."""
         return self.rewritten.step_seconds / self.plain.step_seconds
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, for JSON."""
+        return {**dataclasses.asdict(self), "step_time_ratio": self.step_time_ratio}
+
     def save(self, path: Path) -> None:
         """Write everything as JSON."""
-        fields = {**dataclasses.asdict(self), "step_time_ratio": self.step_time_ratio}
-        path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     def table(self) -> Table:
         """The table that the demo ends with."""

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,10 +77,10 @@ class DepthAttention:
         name = f"block {block}" if block <= len(self.streams[stream].blocks) else "last"
         return f"{self.streams[stream].owner} {name}".strip() if len(self.streams) > 1 else name
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write everything but the weights of single tokens to a JSON file; a source that a site lacks is null."""
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the weights of single tokens, for JSON; ``None`` for a source that a site lacks."""
         rows = [[None if value != value else value for value in row] for row in self.weights.tolist()]
-        fields = {
+        return {
             "sites": self.sites,
             "sources": self.sources,
             "weights": rows,
@@ -87,8 +88,11 @@ class DepthAttention:
             "stream_of": self.stream_of,
             "streams": [dataclasses.asdict(stream) for stream in self.streams],
         }
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write what :meth:`to_dict` gives to a JSON file."""
         with open(path, "w", encoding="utf-8") as file:
-            json.dump(fields, file, indent=1)
+            json.dump(self.to_dict(), file, indent=1)
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Write a heatmap of the mean weights, sites by sources, to an image file; blocks are set apart by lines.

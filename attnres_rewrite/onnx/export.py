@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ from attnres_rewrite.onnx.conversion import Conversion, Reference, convert, fini
 from attnres_rewrite.onnx.files import publish, save, temporary_folder
 from attnres_rewrite.onnx.sizes import default_dynamic_dims, given_shapes
 
+_logger = logging.getLogger(__name__)
 # Relative differences that sums in another order explain, by the dtypes of stream and weights.
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _SUPPORTED = {
@@ -120,6 +122,7 @@ def export_onnx(
     target = Path(path)
     _require_rewritten(model)
     with temporary_folder(target) as folder, _evaluating(model):
+        _logger.info("Tracing the %s and converting it to ONNX", type(model).__name__)
         conversion = _converted(model, example_inputs, use_cache, dynamic_shapes, opset_version, ort_fusions)
         temporary = folder / target.name
         try:
@@ -127,6 +130,7 @@ def export_onnx(
             save(conversion.model, temporary)
         except Exception as error:
             raise OnnxExportError(f"the ONNX model cannot be written: {type(error).__name__}: {error}") from error
+        _logger.info("Comparing ONNX Runtime with PyTorch")
         differences = _check(conversion, temporary)
         limit = _tolerance(conversion.program) if tolerance is None else tolerance
         worst = max(differences.values())
