@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
@@ -16,14 +18,12 @@ from attnres_rewrite.capture.inputs import Call, ExampleInputs, as_it_was, examp
 from attnres_rewrite.config import AttnResConfig, Blocks
 from attnres_rewrite.errors import CheckpointError, UnsupportedResidualError
 from attnres_rewrite.forms.anchor import AnchorSpec
-from attnres_rewrite.forms.backend import AttnResBackend
 from attnres_rewrite.forms.exported import rewrite_exported
 from attnres_rewrite.forms.graph_module import rewrite_graph_module, with_metadata
 from attnres_rewrite.forms.layer_guard import layers_of
-from attnres_rewrite.forms.live import install, require_live, require_plain, uninstall
-from attnres_rewrite.forms.live_state import LiveState
+from attnres_rewrite.forms.live import require_live, require_plain, uninstall
 from attnres_rewrite.forms.output_hooks import make_hooks_traceable
-from attnres_rewrite.forms.recorded import Recorded
+from attnres_rewrite.forms.recorded import Recorded, RecordedOwner, check_compile_options
 from attnres_rewrite.forms.rehearsal import rewrite_ahead, runs_as_captured, trace_ahead
 from attnres_rewrite.huggingface.saving import install_saving, uninstall_saving
 from attnres_rewrite.passes.reads_without_norm import tell_reads_without_norm
@@ -34,6 +34,7 @@ from attnres_rewrite.streams import StreamPlan
 # By the name that the container has in every form; peft keeps an adapter's copy of it one level deeper.
 _SITE_PARAMETER = re.compile(r"(^|\.)attn_res\.(modules_to_save\.[^.]+\.)?\d+\.(query|gain)$")
 
+_logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound=nn.Module | ExportedProgram)
 
 
@@ -111,31 +112,40 @@ def _rewrite_live(
     backend: str | Callable[..., Any],
     compile_options: dict[str, Any],
 ) -> nn.Module:
-    known = {"mode", "options", "dynamic", "fullgraph"}
-    if not set(compile_options) <= known:
-        raise TypeError(f"rewrite got unknown options {sorted(set(compile_options) - known)}; known: {sorted(known)}")
+    check_compile_options(compile_options)
     captured = _capture_module(model, config, example_inputs)
     analysis = analyse(captured.modules, config)
     owners = _owners(model, analysis)
     taken = {name for plans in owners.values() for name in (p.stream.owner for p in plans)}
     plain = tuple(name for name in analysis.found if name not in taken)
-    mode, options = compile_options.pop("mode", None), compile_options.pop("options", None)
     # What breaks within a stream that is left plain by name runs in graphs that do not tell the names of modules.
     anywhere = ("*",) if config.streams is not None and not captured.whole else ()
-    attnres = AttnResBackend(backend, mode=mode, options=options, plain_streams=(*plain, *anywhere))
-    specs = [_spec(owner, plans, config, plain) for owner, plans in owners.items()]
-    widths = [[p.stream.width for p in plans for _ in p.stream.branches] for plans in owners.values()]
-    layers = {owner: set[str]().union(*(layers_of(plan.stream) for plan in plans)) for owner, plans in owners.items()}
-    state = LiveState(attnres, compile_options, scalars=captured.scalars, whole=captured.whole)
+    record = Recorded(
+        tuple(_recorded(owner, plans, config, plain) for owner, plans in owners.items()),
+        (*plain, *anywhere),
+        scalars=captured.scalars,
+        whole=captured.whole,
+    )
     ahead = analysis.plans if runs_as_captured(model, captured, owners) else ()
-    install(model, specs, widths, layers, state)
+    record.put_into(model, backend, compile_options)
     try:
         _rehearse(model, example_call(model, example_inputs), captured, ahead, config)
     except BaseException:
         uninstall(model)
         raise
     install_saving(model)
+    _say_when_it_compiles()
     return model
+
+
+@functools.cache
+def _say_when_it_compiles() -> None:
+    """Once in a process."""
+    _logger.info(
+        "a rewritten model is compiled when it is called, which takes seconds to minutes: at the first training step, "
+        "the first evaluation and the first inputs of another size. attnres_rewrite.warm_up(model, [inputs, ...]) does "
+        "all of it ahead"
+    )
 
 
 def _rehearse(
@@ -185,10 +195,12 @@ def _owners(model: nn.Module, analysis: Analysis) -> dict[str, list[StreamPlan]]
     return owners
 
 
-def _spec(owner: str, plans: list[StreamPlan], config: AttnResConfig, plain: tuple[str, ...]) -> AnchorSpec:
+def _recorded(owner: str, plans: list[StreamPlan], config: AttnResConfig, plain: tuple[str, ...]) -> RecordedOwner:
     blocks = tuple(plan.block_sizes for plan in plans)
     settled = dataclasses.replace(config, blocks=1, layers_per_block=None, sublayers_per_block=None, streams=None)
-    return AnchorSpec(owner, blocks, settled, plain)
+    widths = tuple(plan.stream.width for plan in plans for _ in plan.stream.branches)
+    layers = set[str]().union(*(layers_of(plan.stream) for plan in plans))
+    return RecordedOwner(AnchorSpec(owner, blocks, settled, plain), widths, tuple(sorted(layers)))
 
 
 def explain(

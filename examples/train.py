@@ -7,7 +7,7 @@ import sysconfig
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from attnres_rewrite import attnres_parameters, explain, rewrite, verify
+from attnres_rewrite import explain, parameter_groups, rewrite, verify
 
 
 def read_bytes(count: int) -> torch.Tensor:
@@ -39,10 +39,7 @@ def main() -> None:
     print(verify(model))
 
     # Pseudo-queries and key gains are vectors, like the gains of norms: no weight decay.
-    attnres = dict(attnres_parameters(model))
-    others = [parameter for name, parameter in model.named_parameters() if name not in attnres]
-    groups = [{"params": others, "weight_decay": 0.1}, {"params": attnres.values(), "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.1), lr=1e-3)
 
     text = read_bytes(200_000)
     for step in range(options.steps):

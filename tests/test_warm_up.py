@@ -82,6 +82,15 @@ def test_it_says_what_it_compiled(caplog) -> None:
     ]
 
 
+def test_rewrite_says_once_when_a_model_compiles(caplog) -> None:
+    ar.api._say_when_it_compiles.cache_clear()
+    with caplog.at_level(logging.INFO, "attnres_rewrite.api"):
+        for _ in range(2):
+            ar.rewrite(prepared(Tower(2)), 2, example_inputs=embeddings(), backend="eager")
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "attnres_rewrite.api"]
+    assert "warm_up(model, [inputs, ...])" in line
+
+
 def test_bad_input() -> None:
     plain = prepared(Tower(2))
     with pytest.raises(ar.AttnResError, match="warm_up: this Tower was not rewritten"):

@@ -18,6 +18,7 @@ from attnres_rewrite.forms.live import install, require_live, require_plain
 from attnres_rewrite.forms.live_state import LiveState
 
 _FORMAT = 1
+_COMPILE_OPTIONS = {"mode", "options", "dynamic", "fullgraph"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +123,10 @@ class Recorded:
         Raises:
             CheckpointError: ``model`` lacks a module that was recorded.
             UnsupportedResidualError: It has Attention Residuals already.
+            TypeError: ``torch.compile`` has no such option.
         """
         require_plain(model)
+        check_compile_options(compile_options)
         names = {name for name, _ in model.named_modules()}
         wanted = [name for one in self.owners for name in (one.spec.owner, *one.layers)]
         if missing := [name for name in wanted if name not in names]:
@@ -131,9 +134,20 @@ class Recorded:
                 f"these Attention Residuals belong to another model: they are recorded for module {missing[0]!r}, "
                 f"which this {type(model).__name__} does not have"
             )
-        mode, options = compile_options.pop("mode", None), compile_options.pop("options", None)
-        attnres = AttnResBackend(backend, mode=mode, options=options, plain_streams=self.plain_streams)
-        state = LiveState(attnres, compile_options, scalars=self.scalars, whole=self.whole)
+        self.put_into(model, backend, compile_options)
+        return model
+
+    def put_into(self, model: nn.Module, backend: str | Callable[..., Any], compile_options: Mapping[str, Any]) -> None:
+        """Install the record in the ``model`` that it is of, with options of ``torch.compile``."""
+        options = dict(compile_options)
+        inner = {name: options.pop(name, None) for name in ("mode", "options")}
+        attnres = AttnResBackend(backend, plain_streams=self.plain_streams, **inner)
+        state = LiveState(attnres, options, scalars=self.scalars, whole=self.whole)
         layers = {one.spec.owner: one.layers for one in self.owners}
         install(model, [one.spec for one in self.owners], [one.widths for one in self.owners], layers, state)
-        return model
+
+
+def check_compile_options(options: Mapping[str, Any]) -> None:
+    """Raise :class:`TypeError` for an option that ``torch.compile`` does not have, or that is said otherwise."""
+    if unknown := sorted(options.keys() - _COMPILE_OPTIONS):
+        raise TypeError(f"rewrite got unknown options {unknown}; known: {sorted(_COMPILE_OPTIONS)}")
