@@ -367,6 +367,8 @@ def call_uncompiled(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module._call_impl(*args, **kwargs)
 
 
+# What ``push_to_hub`` of a model of transformers uploads a folder with.
+UPLOAD = "_upload_modified_files"
 # The method by which ``nn.DataParallel`` makes a copy for another device: a shallow one.
 REPLICATE = "_replicate_for_data_parallel"
 

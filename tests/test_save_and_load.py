@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import attnres_rewrite as ar
+from attnres_rewrite import _compat
 
 ROOT = Path(__file__).parents[1]
 IDS = token_ids()
@@ -157,6 +159,30 @@ def test_the_folder_says_how_to_load_it(tmp_path) -> None:
     assert isinstance(config, LlamaConfig)
     with pytest.raises(ValueError, match="pip install attnres-rewrite"):
         AutoModelForCausalLM.from_config(config)
+
+
+def test_a_push_to_the_hub_says_how_to_load_it(tmp_path, monkeypatch) -> None:
+    """Which writes a card of its own. Nothing goes out: what would be uploaded is kept, and loaded."""
+    hub = pytest.importorskip("huggingface_hub")
+    from transformers.utils import hub as of_transformers
+
+    def keep(model: nn.Module, folder: str, repo: str, **_: object) -> str:
+        shutil.copytree(folder, tmp_path / repo)
+        return repo
+
+    def no_card(*_: object, **__: object) -> None:
+        raise hub.errors.EntryNotFoundError("no card yet")
+
+    monkeypatch.setattr(hub.HfApi, "create_repo", lambda *_, **__: hub.RepoUrl("https://huggingface.co/me/tiny"))
+    monkeypatch.setattr(of_transformers.ModelCard, "load", no_card)
+    monkeypatch.setattr(LlamaForCausalLM, _compat.UPLOAD, keep)
+    model = trained()
+    assert model.push_to_hub("me/tiny", tags=["small"]) == "me/tiny"
+    card = (tmp_path / "me" / "tiny" / "README.md").read_text()
+    for part in ("- small", "automatically generated", "import attnres_rewrite", "pip install attnres-rewrite"):
+        assert part in card
+    assert same(model, LlamaForCausalLM.from_pretrained(tmp_path / "me" / "tiny"))
+    assert _compat.UPLOAD not in ar.undo(model).__dict__
 
 
 class Own(nn.Module):

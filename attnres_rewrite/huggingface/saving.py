@@ -29,14 +29,17 @@ if TYPE_CHECKING:
 METHOD = "attnres_rewrite"
 MARK = "this model has Attention Residuals: pip install attnres-rewrite, and import attnres_rewrite before it is loaded"
 _ATTENTION, _METHOD = "attn_implementation", "save_pretrained"
-_CARD = """---
+_HEADER = """---
 library_name: transformers
 tags:
 - attention-residuals
 - attnres-rewrite
 ---
 
-This model has Block Attention Residuals (arXiv:2603.15031), put into a {kind} by `attnres_rewrite` {version}.
+"""
+_SECTION = "This model has Block Attention Residuals"
+_CARD = """This model has Block Attention Residuals (arXiv:2603.15031). It is a {kind}, rewritten by `attnres_rewrite`
+{version}.
 
     pip install attnres-rewrite
 
@@ -62,15 +65,35 @@ class SavesRecord:
             if kwargs.get("is_main_process", True) and not folder.is_file():
                 folder.mkdir(parents=True, exist_ok=True)
                 if not (card := folder / "README.md").exists():
-                    auto = "AutoModelForCausalLM" if model.can_generate() else "AutoModel"
-                    card.write_text(_CARD.format(kind=type(model).__name__, version=__version__, auto=auto))
+                    card.write_text(_HEADER + _card(model))
             return type(model).save_pretrained(model, save_directory, *args, **kwargs)
+
+
+class UploadsCard:
+    """What uploads a folder for ``push_to_hub``, which has put a card of its own into it: ours joins that one."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the method of the class."""
+        card = Path(working_dir) / "README.md"
+        text = card.read_text() if card.is_file() else _HEADER
+        if _SECTION not in text:
+            card.write_text(f"{text.rstrip()}\n\n{_card(self.model)}")
+        return getattr(type(self.model), _compat.UPLOAD)(self.model, working_dir, *args, **kwargs)
+
+
+def _card(model: Any) -> str:
+    auto = "AutoModelForCausalLM" if model.can_generate() else "AutoModel"
+    return _CARD.format(kind=type(model).__name__, version=__version__, auto=auto)
 
 
 def install_saving(model: nn.Module) -> None:
     """Let every model of transformers in the rewritten ``model`` that holds sites save the record with its weights."""
     for module in _of_transformers(model):
         module.__dict__[_METHOD] = SavesRecord(module)
+        module.__dict__[_compat.UPLOAD] = UploadsCard(module)
 
 
 def uninstall_saving(model: nn.Module) -> None:
@@ -78,6 +101,7 @@ def uninstall_saving(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module.__dict__.get(_METHOD), SavesRecord):
             del module.__dict__[_METHOD]
+            module.__dict__.pop(_compat.UPLOAD, None)
 
 
 def is_of_transformers(model: nn.Module) -> bool:
