@@ -219,6 +219,7 @@ def test_example_inputs_that_are_guessed() -> None:
         assert (stream.width, len(stream.blocks)) == (width, 3)
 
 
+@pytest.mark.slow
 def test_example_inputs_of_every_kind_are_taken() -> None:
     for inputs in (token_ids(), (token_ids(),), {"input_ids": token_ids()}, {"input_ids": token_ids(1, 3)}):
         assert ar.explain(llama(3), 3, example_inputs=inputs).streams[0].branches == 6
@@ -499,6 +500,7 @@ def test_what_is_no_model(value) -> None:
         ar.explain(value)
 
 
+@pytest.mark.slow
 def test_unknown_options() -> None:
     model = llama(3)
     before = Untouched(model)

@@ -120,6 +120,7 @@ def examples_of(*command: str) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines if line.startswith("attnres ")]
 
 
+@pytest.mark.slow
 def test_options_that_say_how_layers_are_grouped(run):
     options = ("--json", "test_cli:make_tiny_llama")
     for arguments, sizes in (

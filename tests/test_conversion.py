@@ -380,6 +380,7 @@ def test_weights_of_ours_that_are_not_whole(edit: Callable[[State], object], mes
         ar.export_state_dict(state, "fla")
 
 
+@pytest.mark.slow
 def test_the_example_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[1] / "docs" / "conversion.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)

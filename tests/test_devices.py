@@ -50,6 +50,7 @@ def test_logits_and_gradients_equal_float64(backend: str, device: str, dtype: to
             assert relative_error(parameter.grad.double(), gradients[name]) < 1e-4, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 def test_the_backend_by_object_and_autocast(backend: str, device: str) -> None:
     model = randomise_sites(ar.rewrite(prepared(llama(3)).to(device), blocks=2, backend="eager"))

@@ -245,6 +245,7 @@ def test_an_unflattened_program_trains_its_sites(case: Case) -> None:
     assert [name for name in case.names if parameters[name].grad is None or not parameters[name].grad.any()] == []
 
 
+@pytest.mark.slow
 def test_decompositions(case: Case) -> None:
     decomposed = case.rewritten.run_decompositions()
     assert sites_in(decomposed) == SITES

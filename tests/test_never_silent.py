@@ -212,6 +212,7 @@ def test_a_function_around_the_model_compiled_by_a_backend(model, backend, expec
     assert outcome(model, lambda: torch.compile(lambda ids: model(ids), backend=used)(IDS)) == expected
 
 
+@pytest.mark.slow
 def test_inductor_meets_the_layers_without_the_rewrite(model) -> None:
     """Inductor may not drop the call that guards the layers as dead code."""
     compiled = torch.compile(lambda ids: model(ids), backend="inductor")
@@ -269,6 +270,7 @@ def test_plain_export(model, strict) -> None:
     assert outcome(model, run) == "NotRewrittenError"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
 @pytest.mark.filterwarnings("ignore")
 def test_plain_onnx_export(model, dynamo) -> None:

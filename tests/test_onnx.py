@@ -506,6 +506,7 @@ def test_several_streams_of_one_module(tmp_path: Path) -> None:
         torch.testing.assert_close(run(result.path, x=x), model(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_large_weights_go_beside_the_file(tmp_path: Path, tower: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_LARGEST_FILE", 100)
     result = ar.export_onnx(tower, tmp_path / "model.onnx", embeddings())
@@ -515,6 +516,7 @@ def test_large_weights_go_beside_the_file(tmp_path: Path, tower: nn.Module, monk
         torch.testing.assert_close(run(result.path, x=x), tower(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_failed_comparison_leaves_what_was_there(tmp_path: Path, tower: nn.Module) -> None:
     with pytest.raises(ar.OnnxExportError, match=r"differs from PyTorch by .* no file was written"):
         ar.export_onnx(tower, tmp_path / "model.onnx", embeddings(), tolerance=0.0)

@@ -345,6 +345,7 @@ def test_aot_eager_runs_forward_and_backward_as_operators(device: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_compile_caches")
 def test_inductor_fuses_it_with_its_neighbours(device: str) -> None:
     module = Reader(64, device)

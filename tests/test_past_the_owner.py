@@ -242,6 +242,7 @@ def shallow(model: nn.Module) -> nn.Module:
     return twin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", mostly_slow([False, True], True))
 def test_a_shallow_copy_runs_its_own_layers(model, compiled) -> None:
     twin = shallow(model)
@@ -277,6 +278,7 @@ def scaled(model: nn.Module, factor: float = 2.0) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda: Tower(4), Head], ids=["owner", "root"])
 @torch.no_grad()
 def test_replicas_run_their_own_weights(make) -> None:

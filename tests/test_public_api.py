@@ -137,6 +137,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 REWRITE = "import attnres_rewrite as ar; from models import *; ar.rewrite(Tower(4), 2, example_inputs=embeddings())"
 
 
+@pytest.mark.slow
 def test_the_passes_log_what_they_did() -> None:
     done = run_python(REWRITE, TORCH_LOGS="+attnres_rewrite.passes")
     for line in (

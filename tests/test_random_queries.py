@@ -146,6 +146,7 @@ def gradients(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", mostly_slow(["aot_eager", "inductor"], "aot_eager"))
 def test_compilers_agree_with_the_hand_written_model(backend) -> None:
     plain = prepared(ARCHITECTURES["llama"].make(3))

@@ -11,6 +11,7 @@ import attnres_rewrite as ar
 SUM = ar.AttnResConfig(blocks=2, aggregation="sum")
 
 
+@pytest.mark.slow
 def test_a_tower_that_the_example_left_out_is_an_error_when_it_runs() -> None:
     class Towers(nn.Module):
         def __init__(self) -> None:

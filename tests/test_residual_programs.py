@@ -368,6 +368,7 @@ def check_numbers(rewritten: nn.Module, body: Model, *, random: bool, tolerance:
     assert all(close(*pair, tolerance) for pair in zip(outputs, run.outputs, strict=True))
 
 
+@pytest.mark.slow
 @property_test(20)
 def test_a_rewritten_graph_module_has_the_numbers(program: Program) -> None:
     body, model = build(program)

@@ -97,6 +97,7 @@ def test_loading_a_rewritten_checkpoint_into_a_plain_model() -> None:
     assert report.missing_keys == []
 
 
+@pytest.mark.slow
 def test_saved_state_restores_the_model() -> None:
     model = randomise_sites(rewrite(prepared(llama(3))))
     file = io.BytesIO()

@@ -391,6 +391,7 @@ class Looking(ar.AttnResBackend):
         return ar.AttnResBackend("aot_eager")._compile(module, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("inner", "length", "phases"), [("inductor", 99, 2), ("inductor", 8, 1), ("aot_eager", 99, 1)])
 def test_auto_takes_two_phases_where_inductor_compiles_many_rows(inner: str, length: int, phases: int) -> None:
     x, backend = embeddings(1, length), Looking(inner)
