@@ -77,7 +77,7 @@ def convert(program: ExportedProgram, opset_version: int) -> ir.Model:
     model: ir.Model = exported.model
     function.name_calls(model, program)
     for value, name in zip(model.graph.inputs, given_shapes(program), strict=True):
-        # The exporter renames what is returned as it came in.
+        # The exporter gives an input that the model returns unchanged the name of that output.
         value.name = name
     _name_outputs(model, _output_names(program))
     return model
@@ -90,7 +90,7 @@ def _name_outputs(model: ir.Model, names: Sequence[str]) -> None:
     taken = {value.name for value in graph.inputs}
     for index, (value, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
         if value.is_graph_input() or value in graph.outputs[:index]:
-            # What is returned as it came in has two names.
+            # An input that is returned unchanged, or a value returned twice, needs a second name.
             copied = ir.node("Identity", [value])
             copied.outputs[0].shape, copied.outputs[0].type = value.shape, value.type
             graph.append(copied)
