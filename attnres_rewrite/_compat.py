@@ -180,7 +180,7 @@ def recompute_tag() -> dict[str, Any]:
 
 
 def reading_region(value: torch.fx.Node) -> int | None:
-    """The checkpointed region in which ``value`` is read first. If no region reads it, the next one after its own region.
+    """The checkpointed region that reads ``value`` first. If no region reads it, the next one after its own region.
 
     What one region computes and another reads, the partitioner saves. So a node that is cheap to compute
     from values that are saved in any case belongs to the region that reads it.

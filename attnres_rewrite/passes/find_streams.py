@@ -110,8 +110,8 @@ class _Search:
         extended = {source for value in self.values.values() for source in value.sources}
         consumed: set[Value] = set()
         for value, inside in self.found.inside.items():
-            # A sum of depth one that nothing follows is a long skip: the root added to the result of the whole stream. The
-            # stream lies inside its branch, and is a stream all the same.
+            # A sum of depth one that nothing follows is a long skip: the root added to the result of the whole stream.
+            # The stream lies inside its branch, and is a stream all the same.
             if value.depth > 1 or value in extended:
                 consumed |= inside
         ends: dict[Value, Value] = {}
