@@ -17,7 +17,7 @@ pip() { venv/bin/python -m pip --disable-pip-version-check "$@"; }
 pip install --quiet -c "$root/constraints.txt" "$wheel"
 venv/bin/python smoke.py none
 pip freeze | sort >bare.txt
-for extra in hf onnx plot cli; do
+for extra in hf onnx plot lightning cli; do
   pip install --quiet -c "$root/constraints.txt" "$wheel[$extra]"
   venv/bin/python smoke.py "$extra"
   # Only what this extra brought, so that the next one has to bring what it needs itself.

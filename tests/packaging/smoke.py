@@ -3,6 +3,7 @@
 Run by ``dist_check.sh``, from a folder that does not hold the sources.
 """
 
+import importlib
 import importlib.metadata
 import importlib.resources
 import subprocess
@@ -79,6 +80,10 @@ def none() -> None:
     refused("safetensors", "hf", lambda: ar.save_pretrained(model, "folder"))
     refused("onnx", "onnx", lambda: ar.export_onnx(model, "model.onnx", IDS))
     refused("matplotlib", "plot", lambda: ar.depth_attention(model, IDS).plot("depth.png"))
+    refused("lightning", "lightning", lambda: importlib.import_module("attnres_rewrite.lightning"))
+    refused("transformers", "hf", lambda: importlib.import_module("attnres_rewrite.huggingface.callback"))
+    ar.depth_attention(model, IDS).to_html("depth.html")
+    assert "causal importance" in Path("depth.html").read_text()
     done = attnres("explain", "smoke:make_model")
     assert done.returncode, done.stdout
     # The last line alone: torch warns on its own of numpy, which it can do without.
@@ -112,6 +117,14 @@ def plot() -> None:
     assert Path("depth.png").read_bytes().startswith(b"\x89PNG")
 
 
+def lightning() -> None:
+    from lightning.pytorch import Callback
+
+    from attnres_rewrite.lightning import AttnResCallback
+
+    assert issubclass(AttnResCallback, Callback)
+
+
 def cli() -> None:
     done = attnres("explain", "smoke:make_model", "--blocks", "2")
     assert done.returncode == 0, done.stderr
@@ -122,5 +135,5 @@ def cli() -> None:
 if __name__ == "__main__":
     (extra,) = sys.argv[1:]
     torch.manual_seed(0)
-    {"none": none, "hf": hf, "onnx": onnx, "plot": plot, "cli": cli}[extra]()
+    {"none": none, "hf": hf, "onnx": onnx, "plot": plot, "lightning": lightning, "cli": cli}[extra]()
     print(f"attnres-rewrite {ar.__version__} with {extra}: works")
