@@ -17,12 +17,14 @@ BOOTSTRAP ?= $(shell for python in python3 python3.13 python3.12 python3.11 pyth
 	"$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { echo "$$python"; break; }; done)
 
-.PHONY: help install demo test test-slow zoo test-gpu check format docs dist-check bench clean
+.PHONY: help install demo test test-slow test-consumers test-oldest-onnxruntime zoo test-gpu check format docs dist-check bench clean
 
 help:
 	@echo 'make demo      train a small Llama plain and rewritten, export it; options in ARGS="--steps 50"'
 	@echo 'make test      run the tests; options for pytest in ARGS="-k op"'
 	@echo 'make test-slow run the tests that take more than a few seconds each'
+	@echo 'make test-consumers install what reads ONNX files beside ONNX Runtime, and run the tests of it'
+	@echo 'make test-oldest-onnxruntime export with the oldest ONNX Runtime allowed, and run a file in an older one'
 	@echo 'make zoo       rewrite every architecture in tests/zoo and print what was accepted and refused'
 	@echo 'make test-gpu  run the tests that need CUDA, with PYTHON=... (now: $(PYTHON))'
 	@echo 'make check     ruff, ruff format and mypy --strict'
@@ -57,6 +59,20 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m 'slow and not gpu' $(ARGS)
+
+test-consumers: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[consumers]'
+	$(BIN)/python -m pytest tests/test_onnx_consumers.py $(ARGS)
+
+# 1.23 is what pyproject.toml asks for; it runs in the place of the installed one. 1.20 is not enough to export with the
+# default opset, and has an environment of its own to run a file of opset 21 in.
+test-oldest-onnxruntime: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target $(VENV)/onnxruntime-1.23 'onnxruntime==1.23.*'
+	$(BIN)/python -m venv $(VENV)/onnxruntime-1.20
+	$(VENV)/onnxruntime-1.20/bin/python -m pip install --quiet --disable-pip-version-check 'onnxruntime==1.20.*' numpy
+	PYTHONPATH=$(VENV)/onnxruntime-1.23 ATTNRES_OLDEST_ONNXRUNTIME=$(VENV)/onnxruntime-1.20/bin/python \
+		$(BIN)/python -m pytest tests/test_onnx.py tests/test_onnx_consumers.py -m 'not gpu' $(ARGS)
 
 zoo: $(STAMP)
 	$(BIN)/python -m pytest tests/zoo -n logical --maxprocesses 8 --dist worksteal -p no:logging -m 'not gpu' $(ARGS)

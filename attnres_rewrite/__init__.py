@@ -30,6 +30,7 @@ from attnres_rewrite.inspection.dynamics import TrainingDynamics, training_dynam
 from attnres_rewrite.inspection.statistics import log_dict
 from attnres_rewrite.inspection.verification import Verification, verify
 from attnres_rewrite.onnx import OnnxExport, export_onnx
+from attnres_rewrite.ops.decomposition_table import decompositions
 from attnres_rewrite.optimizers import load_plain_optimizer_state, muon_groups, parameter_groups
 from attnres_rewrite.report import Report
 
@@ -52,6 +53,7 @@ __all__ = [
     "UnsupportedResidualError",
     "Verification",
     "attnres_parameters",
+    "decompositions",
     "depth_attention",
     "disabled",
     "explain",

@@ -62,6 +62,19 @@ def register_inductor_decomposition(op: torch._ops.OpOverload, decomposition: Ca
     after_import(_INDUCTORS_TABLE, _fill_table)
 
 
+def register_decomposition(
+    op: torch._ops.OpOverload, decomposition: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    """Let PyTorch know ``decomposition`` of ``op``, as whoever expands what it does not implement looks it up.
+
+    ``torch.onnx.export`` is one. With sizes that are not known, fake tensors would from then on run the decomposition
+    to learn the shape of a result; ``fake`` says it at once, so it is in the table that is asked first.
+    """
+    tables = torch._decomp.global_decomposition_table
+    tables["post_autograd"][op] = decomposition
+    tables["meta"][op] = fake
+
+
 def _fill_table(table: Any) -> None:
     table.decompositions.update(_expansions)
     # The table that Inductor really uses is a cached copy of this one.
@@ -610,10 +623,32 @@ def keyword_order(in_spec: Any) -> list[str]:
 
 
 def output_names(out_spec: Any) -> list[str]:
-    """A name for every output of a program: the keys of mappings, and positions elsewhere, joined by dots."""
-    tree = pytree.tree_unflatten([torch.empty(0)] * out_spec.num_leaves, out_spec)
-    paths, _ = pytree.tree_flatten_with_path(tree)
+    """A name for every output of a program, as :func:`leaf_names` gives them."""
+    return leaf_names(pytree.tree_unflatten([torch.empty(0)] * out_spec.num_leaves, out_spec))
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """A name for everything in ``tree``: the keys of mappings, and positions elsewhere, joined by dots."""
+    try:
+        paths, _ = pytree.tree_flatten_with_path(tree)
+    except ValueError:
+        # A class in it was registered without names, as diffusers registers its outputs.
+        if not isinstance(tree, Mapping):
+            return [str(i) for i in range(len(pytree.tree_leaves(tree)))]
+        named = [(str(key), name) for key, value in tree.items() for name in leaf_names(value)]
+        return [".".join(filter(None, names)) for names in named]
     return [".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in paths]
+
+
+def named_tensors(tree: Any) -> dict[str, torch.Tensor]:
+    """The tensors in ``tree`` under the names that :func:`leaf_names` gives them, in order."""
+    pairs = zip(leaf_names(tree), pytree.tree_leaves(tree), strict=True)
+    return {name: leaf for name, leaf in pairs if isinstance(leaf, torch.Tensor)}
+
+
+def forget_window_size(layer: Any) -> None:
+    """Take the tensor off a cache's ``layer`` in which transformers keeps the size of its window beside a number."""
+    vars(layer).pop("_sliding_window_tensor", None)
 
 
 def is_jit_tracing() -> bool:

@@ -289,7 +289,7 @@ def _replace(model: ir.Model, function: ir.Function, body: str) -> None:
         )
     )
     text = (
-        f'<opset_import: ["" : 23], domain: "attnres", overload: "{function.overload}">\n'
+        f'<opset_import: ["" : 23], domain: "{function.domain}">\n'
         f"{function.name} <{attributes}> ({inputs}) => ({outputs}) {{{body}\n}}"
     )
     model.functions[function.identifier()] = ir.serde.deserialize_function(parser.parse_function(text))

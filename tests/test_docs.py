@@ -21,7 +21,7 @@ DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", flags=re.DOTALL | re.MULTILINE)
 PAGES = sorted(path.name for path in DOCS.glob("*.md") if "```python\n" in path.read_text())
 # The others take more than a few seconds.
-QUICK = set(PAGES) - {"quickstart.md", "quantization.md", "training.md"}
+QUICK = set(PAGES) - {"onnx.md", "quickstart.md", "quantization.md", "training.md"}
 CELL = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
 
 
@@ -46,6 +46,7 @@ def rewritten_llama() -> dict[str, object]:
 # What the first block of a page may take for granted.
 SETUPS = {
     "faq.md": tiny_llama,
+    "onnx.md": lambda: {**rewritten_llama(), "plain": llama(2)},
     "quantization.md": rewritten_llama,
     "saving.md": two_models,
     "training.md": plain_and_other,

@@ -282,6 +282,18 @@ def test_plain_onnx_export(model, dynamo) -> None:
     assert met or "use attnres_rewrite.export_onnx" in str(raised.value)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_onnx_exporter_does_not_lose_the_error_in_its_second_try() -> None:
+    """After an ordinary trace it tries a strict one, which once succeeded and failed later with a KeyError."""
+    pytest.importorskip("onnxscript")
+    tower = ar.rewrite(Tower(2).eval(), 2, example_inputs=embeddings(), backend="eager")
+    with pytest.raises(torch.onnx.OnnxExporterError, match=r"use attnres_rewrite\.export_onnx") as raised:
+        torch.onnx.export(tower, (embeddings(),), io.BytesIO(), dynamo=True, verbose=False)
+    assert any(isinstance(error, ar.NotRewrittenError) for error in chain_of(raised.value))
+    with pytest.raises(Exception, match=r"use attnres_rewrite\.export_onnx"):
+        torch.export.export(tower, (embeddings(),), strict=True)
+
+
 def test_make_fx(model) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 

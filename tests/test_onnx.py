@@ -35,11 +35,11 @@ def run(path: Path | bytes, **inputs: Tensor) -> Tensor:
 
 def site_nodes(model: Any) -> list[Any]:
     sites = ("BlockAttnRes", "MergePartial")
-    return [node for node in model.graph.node if node.domain == "attnres" and node.op_type in sites]
+    return [node for node in model.graph.node if node.domain.startswith("attnres.") and node.op_type in sites]
 
 
 def kinds(model: Any) -> Counter[str]:
-    return Counter(node.op_type for node in model.graph.node if node.domain == "attnres")
+    return Counter(node.op_type for node in model.graph.node if node.domain.startswith("attnres."))
 
 
 def graph_values(result: ar.OnnxExport) -> list[Any]:
@@ -81,8 +81,9 @@ def test_a_live_llama_with_random_queries_equals_pytorch_at_other_sizes(tmp_path
     inferred = onnx.shape_inference.infer_shapes(file, strict_mode=True, data_prop=True)
     assert [d.dim_value or d.dim_param for d in inferred.graph.output[0].type.tensor_type.shape.dim][-1] == 61
     assert [node.name for node in site_nodes(file)] == [f"model.attn_res.{i}" for i in range(10)]
-    assert {(f.domain, f.name) for f in file.functions} == {("attnres", "BlockAttnRes")}
-    assert len(file.functions) == 3  # of two, three and four sources
+    forms = {"attnres.2_sources", "attnres.3_sources", "attnres.4_sources"}
+    assert {(f.domain, f.name, f.overload) for f in file.functions} == {(form, "BlockAttnRes", "") for form in forms}
+    assert {entry.domain for entry in file.opset_import} == {"", *forms}
     assert all("arXiv:2603.15031" in f.doc_string for f in file.functions)
     # The norms of the model, and none of its parts, are left.
     counts = Counter(node.op_type for node in file.graph.node)
@@ -274,11 +275,11 @@ def test_two_phases_are_three_kinds_of_nodes_and_the_same_function(tmp_path: Pat
     assert [node.name for node in site_nodes(file)] == [f"attn_res.{i}" for i in range(8)]
     shared = [node for node in file.graph.node if node.op_type == "AttendBlocks"]
     assert [(node.name, len(node.output)) for node in shared] == [("attn_res.3_to_7", 10)]
-    assert sorted((f.name, f.overload) for f in file.functions) == [
-        ("AttendBlocks", "2_blocks_5_reads"),
-        ("BlockAttnRes", "2_sources"),
-        ("MergePartial", "no_partial"),
-        ("MergePartial", "partial"),
+    assert sorted((f.name, f.domain) for f in file.functions) == [
+        ("AttendBlocks", "attnres.2_blocks_5_reads"),
+        ("BlockAttnRes", "attnres.2_sources"),
+        ("MergePartial", "attnres.no_partial"),
+        ("MergePartial", "attnres.partial"),
     ]
     assert all("arXiv:2603.15031" in f.doc_string for f in file.functions)
     properties, others = ({e.key: e.value for e in f.metadata_props} for f in (file, other))

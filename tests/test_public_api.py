@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 FUNCTIONS = {
     "attnres_parameters": ["model"],
+    "decompositions": [],
     "depth_attention": ["model", "example_inputs"],
     "disabled": ["model"],
     "explain": ["model", "blocks", "example_inputs", "config"],

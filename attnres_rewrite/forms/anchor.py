@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from attnres_rewrite import _compat
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import NotRewrittenError
 from attnres_rewrite.graph.nodes import is_inside, module_path
@@ -67,7 +68,9 @@ def anchor(token: Tensor, parameters: Sequence[Tensor], spec: str) -> None:
 
 @anchor.register_fake
 def _(token: Tensor, parameters: Sequence[Tensor], spec: str) -> None:
-    return None
+    # A strict export traces by Dynamo, but no backend sees its graph: an error now, not a program that is none.
+    if _compat.is_exporting():
+        raise NotRewrittenError(not_rewritten_message(AnchorSpec.from_json(spec).owner))
 
 
 # The permission to run plain residuals is in the graph, so it is for this owner and for the calls that wanted it.

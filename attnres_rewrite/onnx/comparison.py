@@ -21,8 +21,8 @@ from attnres_rewrite.onnx.sizes import dynamic_sizes, given_shapes, values_at
 _ONNX_BFLOAT16 = 16
 
 
-def compare(conversion: Conversion, path: Path) -> dict[tuple[int, ...], float]:
-    """Largest differences between ONNX Runtime and PyTorch, relative to the largest value of each output.
+def compare(conversion: Conversion, path: Path) -> dict[tuple[int, ...], dict[str, float]]:
+    """Largest difference between ONNX Runtime and PyTorch in every output, relative to its largest value.
 
     Args:
         conversion: What was exported, and what it is compared with.
@@ -30,7 +30,10 @@ def compare(conversion: Conversion, path: Path) -> dict[tuple[int, ...], float]:
 
     Returns:
         One entry for each of three choices of the dynamic sizes, none of them the example's. Where several execution
-        providers are at hand, the difference is the largest of theirs.
+        providers are at hand, a difference is the largest of theirs.
+
+    Raises:
+        OnnxExportError: The outputs are others, or of other shapes, than PyTorch's.
     """
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         on_cpu = _in_float32(path, Path(folder)) if _computes_in_bfloat16(conversion.program) else path
@@ -38,10 +41,10 @@ def compare(conversion: Conversion, path: Path) -> dict[tuple[int, ...], float]:
         return _differences(conversion, sessions)
 
 
-def _differences(conversion: Conversion, sessions: Sequence[Any]) -> dict[tuple[int, ...], float]:
+def _differences(conversion: Conversion, sessions: Sequence[Any]) -> dict[tuple[int, ...], dict[str, float]]:
     generator = torch.Generator().manual_seed(0)
     program, reference = conversion.program, conversion.reference
-    differences: dict[tuple[int, ...], float] = {}
+    differences: dict[tuple[int, ...], dict[str, float]] = {}
     sizes = dynamic_sizes(program, reference.smallest)
     for values in zip(*(size.others() for size in sizes), strict=True) if sizes else [()]:
         chosen = {symbol: value for size, value in zip(sizes, values, strict=True) for symbol in size.symbols}
@@ -49,9 +52,38 @@ def _differences(conversion: Conversion, sessions: Sequence[Any]) -> dict[tuple[
         given = [tensor.detach().cpu().clone() for tensor in _compat.tensors_in((fresh.args, fresh.kwargs))]
         named = dict(zip(conversion.inputs, given, strict=True))
         with torch.no_grad():
-            expected = [tensor.cpu() for tensor in reference.run(fresh)]
-        differences[values] = max(relative_difference(_run_session(s, named), expected) for s in sessions)
+            expected = {name: tensor.cpu() for name, tensor in reference.run(fresh).items()}
+        found = [_by_output(_run_session(session, named), expected) for session in sessions]
+        differences[values] = {name: max(by_output[name] for by_output in found) for name in found[0]}
     return differences
+
+
+def _by_output(outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """The difference in every output, once number, names and shapes are known to agree."""
+    # An output under the name of an input has another one in the file.
+    same = [name in (other, f"output_{other}") for name, other in zip(outputs, expected, strict=False)]
+    if len(outputs) != len(expected) or not all(same):
+        theirs, ours = list(expected), list(outputs)
+        raise OnnxExportError(
+            f"the exported model has {len(ours)} outputs ({_listed(ours)}) and PyTorch's {len(theirs)} "
+            f"({_listed(theirs)}); no file was written. An option of the call or of the model's configuration does not "
+            "reach the part that returns them: set it in the configuration, nested ones included"
+        )
+    for (name, output), reference in zip(outputs.items(), expected.values(), strict=True):
+        if output.shape != reference.shape:
+            raise OnnxExportError(
+                f"output {name!r} has shape {tuple(output.shape)} in ONNX Runtime and {tuple(reference.shape)} in "
+                "PyTorch; no file was written. A size that the trace took for constant may be one that changes: pass "
+                "dynamic_shapes, or other example_inputs"
+            )
+    return {
+        name: relative_difference([output], [reference])
+        for (name, output), reference in zip(outputs.items(), expected.values(), strict=True)
+    }
+
+
+def _listed(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (" ..." if len(names) > most else "")
 
 
 def _computes_in_bfloat16(program: ExportedProgram) -> bool:
@@ -113,7 +145,7 @@ def _session(path: Path, providers: list[Any]) -> Any:
     return session
 
 
-def _run_session(session: Any, given: Mapping[str, Tensor]) -> list[Tensor]:
+def _run_session(session: Any, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The outputs of an ONNX Runtime session; of what is ``given``, it takes what it reads."""
     wide = {read.name for read in session.get_inputs() if read.type == "tensor(float)"}
     values = {
@@ -121,7 +153,9 @@ def _run_session(session: Any, given: Mapping[str, Tensor]) -> list[Tensor]:
         for read in session.get_inputs()
     }
     names = [output.name for output in session.get_outputs()]
-    return [_from_ort(value) for value in session.run_with_ort_values(names, values)]
+    return {
+        name: _from_ort(value) for name, value in zip(names, session.run_with_ort_values(names, values), strict=True)
+    }
 
 
 def _to_ort(tensor: Tensor) -> Any:

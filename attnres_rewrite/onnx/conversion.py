@@ -16,12 +16,15 @@ from torch.export.graph_signature import ConstantArgument, OutputKind
 from attnres_rewrite import _compat
 from attnres_rewrite.capture.inputs import Call
 from attnres_rewrite.errors import OnnxExportError
-from attnres_rewrite.onnx import form, function
+from attnres_rewrite.onnx import function
 from attnres_rewrite.onnx.sizes import given_shapes, renamed, size_names
 
 if TYPE_CHECKING:
     import numpy
     from onnxscript import ir
+
+# Where torch.onnx writes which lines of which files on this machine a node comes from.
+_STACK_TRACE = "pkg.torch.onnx.stack_trace"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +32,13 @@ class Reference:
     """The PyTorch model that an exported file is compared with.
 
     Attributes:
-        run: The outputs in a call, in the order of the program's.
+        run: The outputs in a call under the names that they have in the file, in their order.
         prepare: Makes random inputs consistent with one another, where a model needs that.
         smallest: Smallest size of a dynamic dimension that ``run`` takes. Programs are traced for sizes of at least
             two, and exported files are used with one as well.
     """
 
-    run: Callable[[Call], list[Tensor]]
+    run: Callable[[Call], dict[str, Tensor]]
     prepare: Callable[[Call], Call] = lambda call: call
     smallest: int = 1
 
@@ -103,12 +106,21 @@ def _output_names(program: ExportedProgram) -> list[str]:
     pairs = zip(_compat.output_names(program.call_spec.out_spec), specs, strict=True)
     # What is None, or another constant, is no output of the ONNX model.
     names = [name for name, spec in pairs if not isinstance(spec.arg, ConstantArgument)]
+    return [_output_name(name) for name in names]
+
+
+def _output_name(path: str) -> str:
     # An output that is not in a mapping has only a position.
-    return ["output" if not name else f"output_{name}" if name.isdecimal() else name for name in names]
+    return "output" if not path else f"output_{path}" if path.isdecimal() else path
 
 
-def finish(conversion: Conversion, functions: bool, version: str) -> None:
-    """Define the function of the sites in the model, or expand it; and give names and metadata to what is there."""
+def named_outputs(outputs: object) -> dict[str, Tensor]:
+    """The tensors that a PyTorch model returned, under the names that they have in an exported file."""
+    return {_output_name(path): tensor for path, tensor in _compat.named_tensors(outputs).items()}
+
+
+def finish(conversion: Conversion, *, functions: bool, version: str, stack_traces: bool = False) -> None:
+    """Define the functions of the sites in the model, or expand them; and give names and metadata to what is there."""
     from onnx_ir.passes import common
 
     model, program = conversion.model, conversion.program
@@ -130,9 +142,14 @@ def finish(conversion: Conversion, functions: bool, version: str) -> None:
         }
     )
     model.producer_name, model.producer_version = "attnres_rewrite", version
+    if not stack_traces:
+        for node in model.graph.all_nodes():
+            node.metadata_props.pop(_STACK_TRACE, None)
     if not functions:
+        domains = {function.domain for function in model.functions.values()}
         common.InlinePass()(model)
-        model.opset_imports.pop(form.DOMAIN, None)
+        for domain in domains:
+            model.opset_imports.pop(domain, None)
 
 
 def _give_caches_every_batch(model: ir.Model) -> None:

@@ -6,37 +6,29 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from attnres_rewrite import _compat
 from attnres_rewrite._version import __version__
-from attnres_rewrite.capture.inputs import Call, ExampleInputs, example_call, without_traces
-from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.errors import AttnResError, ExampleInputsError, MissingPackageError, OnnxExportError
-from attnres_rewrite.forms.anchor import AnchorSpec
-from attnres_rewrite.forms.backend import AttnResBackend
-from attnres_rewrite.forms.exported import flattened, rewrite_exported
-from attnres_rewrite.forms.live import disabled, require_live, run_through
-from attnres_rewrite.onnx import function, transformers_exporters
+from attnres_rewrite.capture.inputs import ExampleInputs
+from attnres_rewrite.errors import AttnResError, MissingPackageError, OnnxExportError
+from attnres_rewrite.forms.exported import flattened
+from attnres_rewrite.forms.live import require_live
+from attnres_rewrite.onnx import function
 from attnres_rewrite.onnx.comparison import compare
-from attnres_rewrite.onnx.conversion import Conversion, Reference, convert, finish
+from attnres_rewrite.onnx.conversion import Conversion, finish
 from attnres_rewrite.onnx.files import publish, save, temporary_folder
-from attnres_rewrite.onnx.sizes import default_dynamic_dims, given_shapes
+from attnres_rewrite.onnx.tracing import converted
 
 _logger = logging.getLogger(__name__)
 # Relative differences that sums in another order explain, by the dtypes of stream and weights.
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-_SUPPORTED = {
-    *_TOLERANCES,
-    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-}
 _OLDEST_OPSET = 18
 
 
@@ -74,16 +66,19 @@ def export_onnx(
     functions: bool = True,
     ort_fusions: Literal["cpu", "cuda", "webgpu", "dml"] | None = None,
     tolerance: float | None = None,
+    external_data_above: int | None = None,
+    stack_traces: bool = False,
 ) -> OnnxExport:
     """Export a rewritten model to ONNX and compare it with PyTorch in ONNX Runtime.
 
-    The model is exported in eval mode. Every site is one node, ``attnres::BlockAttnRes``; or with the two-phase
-    schedule ``attnres::MergePartial``, after one node ``attnres::AttendBlocks`` for all sites that share it. These are
-    functions whose bodies are in the file, for ONNX runtimes that know overloaded functions (IR version 10). The
-    comparison runs on fresh random inputs, of three other batch and sequence sizes than the example's where these are
-    dynamic. The file appears under ``path`` only if it passes, also ``onnx.checker`` (but for ``ort_fusions``, whose
-    operators that does not know); after an error the model and what was at ``path`` are as they were. Weights in
-    bfloat16 are compared in a copy in float32, because ONNX Runtime's CPU provider lacks the operators.
+    The model is exported in eval mode. Every site is one node, ``BlockAttnRes``; or with the two-phase schedule
+    ``MergePartial``, after one node ``AttendBlocks`` for all sites that share it. These are functions whose bodies are
+    in the file, one for each number of sources, in domains ``attnres.<form>``. The comparison runs on fresh random
+    inputs, of three other batch and sequence sizes than the example's where these are dynamic: first the number, names
+    and shapes of the outputs, then their values. The file appears under ``path`` only if it passes, also
+    ``onnx.checker`` (but for ``ort_fusions``, whose operators that does not know); after an error the model and what
+    was at ``path`` are as they were. Weights in bfloat16 are compared in a copy in float32, because ONNX Runtime's CPU
+    provider lacks the operators.
 
     Hugging Face models are exported through ``transformers.exporters``, where transformers has it (tested with 5.17
     and 5.23).
@@ -102,12 +97,16 @@ def export_onnx(
             sequence) of every integer input, and the first of every other, are dynamic; of a cache whatever the model
             leaves open. Ignored for an ``ExportedProgram``, which has its own.
         opset_version: ONNX opset, at least 18; RMS norms are single nodes from 23 on.
-        functions: Whether a site is a call of a function; otherwise its operators stand in the graph.
+        functions: Whether a site is a call of a function; otherwise its operators stand in the graph, for consumers
+            that know no functions.
         ort_fusions: Fuse attention, rotary embeddings and norms into operators that only ONNX Runtime has, for this
             execution provider. For Hugging Face models. Compared on the CPU, and on CUDA where that is at hand.
         tolerance: Largest relative difference that is accepted. Default: 1e-3, 1e-8 in float64, 2e-2 in
             float16, 1e-1 in bfloat16, whichever is the largest for the dtypes of the stream and the parameters; a wrong
             source makes a difference of the order of one.
+        external_data_above: Size of the weights in bytes from which on they go to ``<path>.data``. Default: what ONNX
+            allows.
+        stack_traces: Whether every node tells the lines of code that it comes from, with the paths of this machine.
 
     Raises:
         OnnxExportError: The path cannot be written, there is no such opset, the model has a dtype that ONNX Runtime
@@ -123,21 +122,23 @@ def export_onnx(
     _require_rewritten(model)
     with temporary_folder(target) as folder, _evaluating(model):
         _logger.info("Tracing the %s and converting it to ONNX", type(model).__name__)
-        conversion = _converted(model, example_inputs, use_cache, dynamic_shapes, opset_version, ort_fusions)
+        conversion = converted(model, example_inputs, use_cache, dynamic_shapes, opset_version, ort_fusions)
         temporary = folder / target.name
         try:
-            finish(conversion, functions, __version__)
-            save(conversion.model, temporary)
+            finish(conversion, functions=functions, version=__version__, stack_traces=stack_traces)
+            save(conversion.model, temporary, external_data_above)
         except Exception as error:
             raise OnnxExportError(f"the ONNX model cannot be written: {type(error).__name__}: {error}") from error
         _logger.info("Comparing ONNX Runtime with PyTorch")
-        differences = _check(conversion, temporary)
-        limit = _tolerance(conversion.program) if tolerance is None else tolerance
+        by_output = _check(conversion, temporary)
+        differences = {sizes: max(of.values(), default=0.0) for sizes, of in by_output.items()}
         worst = max(differences.values())
+        limit = _tolerance(conversion.program) if tolerance is None else tolerance
         if not worst <= limit:
+            others = sorted({name for of in by_output.values() for name, value in of.items() if not value <= limit})
             raise OnnxExportError(
-                f"ONNX Runtime differs from PyTorch by {worst:.1e} (tolerance {limit:.1e}), relative to the "
-                f"largest output, at sizes {differences}; no file was written"
+                f"ONNX Runtime differs from PyTorch by {worst:.1e} (tolerance {limit:.1e}) in {', '.join(others)}, "
+                f"relative to the largest value of an output, at sizes {differences}; no file was written"
             )
         publish(temporary, target)
     graph = conversion.model.graph
@@ -161,6 +162,7 @@ def _require_packages() -> None:
 
 def _require_opset(version: int) -> None:
     import onnx
+    import onnxruntime
 
     newest = onnx.defs.onnx_opset_version()
     if not _OLDEST_OPSET <= version <= newest:
@@ -168,6 +170,31 @@ def _require_opset(version: int) -> None:
             f"opset_version is {version}: torch.onnx writes {_OLDEST_OPSET} and newer, and the installed onnx "
             f"{onnx.__version__} knows up to {newest}"
         )
+    if not _is_run(version):
+        runs = next((older for older in range(version - 1, _OLDEST_OPSET - 1, -1) if _is_run(older)), None)
+        raise OnnxExportError(
+            f"opset_version is {version}, which the installed ONNX Runtime {onnxruntime.__version__} does not run, so "
+            f"the file could not be checked: pass opset_version={runs} or an older one, or install a newer onnxruntime"
+        )
+
+
+def _is_run(opset_version: int) -> bool:
+    """Whether the installed ONNX Runtime takes models of this opset."""
+    import onnx
+    import onnxruntime
+
+    text = (
+        f'<ir_version: 10, opset_import: ["" : {opset_version}]> g (float[1] x) => (float[1] y) {{ y = Identity (x) }}'
+    )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        model = onnx.parser.parse_model(text).SerializeToString()
+        onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception:
+        # It has no type of its own for this.
+        return False
+    return True
 
 
 def _require_rewritten(model: object) -> None:
@@ -178,80 +205,6 @@ def _require_rewritten(model: object) -> None:
             raise AttnResError(f"export_onnx: this {kind} was not rewritten; call rewrite() on it first")
         return
     require_live(model, "export_onnx")
-
-
-def _converted(
-    model: nn.Module | ExportedProgram,
-    example_inputs: ExampleInputs | None,
-    use_cache: bool,
-    dynamic_shapes: Any,
-    opset_version: int,
-    ort_fusions: str | None,
-) -> Conversion:
-    """``model`` in ONNX, by the way that its kind takes."""
-    if isinstance(model, ExportedProgram):
-        call = _program_call(model, example_inputs)
-        _require_supported(model.state_dict, call)
-        # Its guards refuse the sizes for which it was not traced.
-        reference = Reference(_outputs_of(model.module()), smallest=2)
-        program = model
-    else:
-        call = example_call(model, example_inputs)
-        _require_supported(model.state_dict(), call)
-        if isinstance(model, GraphModule):
-            program, reference = _trace(model, call, dynamic_shapes), Reference(_outputs_of(model))
-        else:
-            config, blocks = _recorded(model)
-            with _plain(model):
-                if (keywords := transformers_exporters.by_keywords(model, call)) is not None:
-                    return transformers_exporters.export(
-                        model,
-                        keywords,
-                        lambda program: flattened(rewrite_exported(program, config, blocks)),
-                        use_cache=use_cache,
-                        dynamic_shapes=dynamic_shapes,
-                        opset_version=opset_version,
-                        ort_fusions=ort_fusions,
-                    )
-                program = rewrite_exported(_trace(model, call, dynamic_shapes), config, blocks)
-            reference = Reference(_live_outputs(model))
-    if use_cache or ort_fusions:
-        option = "use_cache" if use_cache else "ort_fusions"
-        raise OnnxExportError(
-            f"{option} is for Hugging Face models that are given by themselves, and needs a transformers with "
-            f"transformers.exporters (5.17 or newer); this is a {type(model).__name__}"
-        )
-    program = flattened(program)
-    return Conversion(program, convert(program, opset_version), call, list(given_shapes(program)), reference)
-
-
-def _recorded(model: nn.Module) -> tuple[AttnResConfig, dict[str, tuple[tuple[int, ...], ...]]]:
-    """The configuration of a live model, and how the branch outputs of its streams are in blocks, by owner."""
-    specs = [AnchorSpec.from_json(forward.spec) for _, forward in require_live(model, "export_onnx")]
-    blocks = {spec.owner: spec.blocks for spec in specs}
-    return dataclasses.replace(specs[0].config, streams=tuple(blocks)), blocks
-
-
-def _require_supported(tensors: Mapping[str, Any], call: Call) -> None:
-    inputs = {f"input {i}": t for i, t in enumerate(_compat.tensors_in((call.args, call.kwargs)))}
-    for name, value in {**inputs, **tensors}.items():
-        if isinstance(value, Tensor) and value.dtype not in _SUPPORTED:
-            raise OnnxExportError(
-                f"{name} is {str(value.dtype).removeprefix('torch.')}, which ONNX Runtime does not compute with; "
-                "convert it, for example with model.float()"
-            )
-
-
-def _trace(model: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgram:
-    if dynamic_shapes is None:
-        dynamic_shapes = _default_dynamic_shapes(call)
-    try:
-        return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-    except Exception as error:
-        raise OnnxExportError(
-            f"torch.export cannot trace {type(model).__name__}: {error}\nTry other example_inputs, or "
-            "dynamic_shapes with fewer dynamic dimensions. A dynamic dimension must be at least two in the example"
-        ) from error
 
 
 @contextlib.contextmanager
@@ -267,56 +220,7 @@ def _evaluating(model: nn.Module | ExportedProgram) -> Iterator[None]:
             module.training = True
 
 
-@contextlib.contextmanager
-def _plain(model: nn.Module) -> Iterator[None]:
-    """``model`` uncompiled and with plain residuals."""
-    compiled = _compat.compiled_call(model)
-    _compat.set_compiled_call(model, None)
-    try:
-        with disabled(model):
-            yield
-    finally:
-        _compat.set_compiled_call(model, compiled)
-
-
-def _live_outputs(model: nn.Module) -> Any:
-    def run(call: Call) -> list[Tensor]:
-        with without_traces(model):
-            return _compat.tensors_in(run_through(model, call.run, AttnResBackend("eager")))
-
-    return run
-
-
-def _outputs_of(module: nn.Module) -> Any:
-    return lambda call: _compat.tensors_in(call.run(module))
-
-
-def _default_dynamic_shapes(call: Call) -> Any:
-    def dynamic(value: object) -> Any:
-        return default_dynamic_dims(value) if isinstance(value, Tensor) else None
-
-    if not call.kwargs:
-        return tuple(dynamic(value) for value in call.args)
-    if not call.args:
-        return {name: dynamic(value) for name, value in call.kwargs.items()}
-    raise OnnxExportError("example_inputs mix positional and keyword arguments: pass dynamic_shapes as well")
-
-
-def _program_call(program: ExportedProgram, example_inputs: ExampleInputs | None) -> Call:
-    if example_inputs is None and program.example_inputs is not None:
-        args, kwargs = program.example_inputs
-        return Call(tuple(args), dict(kwargs))
-    if example_inputs is None:
-        raise ExampleInputsError("this ExportedProgram carries no example inputs: pass example_inputs")
-    if isinstance(example_inputs, Mapping):
-        order = _compat.keyword_order(program.call_spec.in_spec)
-        if set(order) != set(example_inputs):
-            raise ExampleInputsError(f"this ExportedProgram takes {order}, not {list(example_inputs)}")
-        return Call((), {name: example_inputs[name] for name in order})
-    return Call(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {})
-
-
-def _check(conversion: Conversion, path: Path) -> dict[tuple[int, ...], float]:
+def _check(conversion: Conversion, path: Path) -> dict[tuple[int, ...], dict[str, float]]:
     import onnx
 
     try:

@@ -1,8 +1,9 @@
 """What the functions that sites call in ONNX have in common.
 
 ONNX has no functions of a variable number of inputs, and none that ask for the dtype of what they are given. So every
-form that a model needs is a function of its own, an overload. Other ways to write the bodies are in
-``benchmarks/onnx_formulations.py``, and ``benchmarks/onnx.py`` compares them.
+form that a model needs is a function of its own. All have the name of their operator, and each has a domain of its own:
+ONNX tells functions of one name and domain apart by an overload, which many consumers do not know. Other ways to write
+the bodies are in ``benchmarks/onnx_formulations.py``, and ``benchmarks/onnx.py`` compares them.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Form(abc.ABC):
     @property
     @abc.abstractmethod
     def _kind(self) -> str:
-        """The numbers of inputs, as the overload tells them."""
+        """The numbers of inputs, as the domain tells them."""
 
     @property
     @abc.abstractmethod
@@ -111,8 +112,8 @@ class Form(abc.ABC):
         return wide_dtype(self.dtype, self.parameter_dtype)
 
     @property
-    def overload(self) -> str:
-        """What tells this form from the others of one model."""
+    def domain(self) -> str:
+        """The domain of the function, which tells this form from the others of one model."""
         differing = {
             f"rank_{self.rank}": self.rank != 3,
             _name(self.dtype): self.dtype != torch.float32,
@@ -121,7 +122,8 @@ class Form(abc.ABC):
             "no_gain": not self.gain,
             "scaled": self.scaled,
         }
-        return "_".join([self._kind, *(name for name, differs in differing.items() if differs)])
+        names = (name for name, differs in differing.items() if differs)
+        return f"{DOMAIN}.{'_'.join([self._kind, *names])}"
 
     def function(self) -> ir.Function:
         """The function in this form."""
@@ -139,7 +141,7 @@ class Form(abc.ABC):
         lines = "\n".join(f"    {line}" for line in body.lines)
         inputs, outputs = (", ".join(names) for names in ([*self.data, *self.parameters], self.outputs))
         return (
-            f'<opset_import: ["" : {self.opset_version}], domain: "{DOMAIN}", overload: "{self.overload}">\n'
+            f'<opset_import: ["" : {self.opset_version}], domain: "{self.domain}">\n'
             f"{self.name} <{self.attributes}> ({inputs}) => ({outputs}) {{\n{lines}\n}}"
         )
 

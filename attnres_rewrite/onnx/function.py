@@ -1,4 +1,4 @@
-"""How sites are written in ONNX: as calls of model-local functions in the domain ``attnres``.
+"""How sites are written in ONNX: as calls of model-local functions in domains ``attnres.<form>``.
 
 A site is one call of ``BlockAttnRes``; or, where the reads of a block share one pass over the complete blocks, one of
 ``MergePartial``, which takes what a call of ``AttendBlocks`` found for all of them.
@@ -167,7 +167,7 @@ def name_calls(model: ir.Model, program: ExportedProgram) -> None:
 
 
 def _call_nodes(model: ir.Model) -> list[ir.Node]:
-    return [node for node in model.graph if node.domain == DOMAIN]
+    return [node for node in model.graph if node.domain.partition(".")[0] == DOMAIN]
 
 
 def define(model: ir.Model, program: ExportedProgram, opset_version: int) -> None:
@@ -181,9 +181,12 @@ def define(model: ir.Model, program: ExportedProgram, opset_version: int) -> Non
         node, form = nodes[call.name], _FORMS[call.node.target](call.node, opset_version)
         for position, name in enumerate([*call.queries, *call.gains], len(form.data)):
             node.replace_input_with(position, _initializer(model, name, program.state_dict[name]))
-        node.overload = form.overload
+        node.domain = form.domain
+        model.opset_imports[form.domain] = VERSION
         function = form.function()
         model.functions.setdefault(function.identifier(), function)
+    # The domain of the calls before they had a form.
+    model.opset_imports.pop(DOMAIN, None)
 
 
 def _initializer(model: ir.Model, name: str, value: Tensor) -> ir.Value:

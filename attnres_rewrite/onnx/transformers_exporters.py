@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -26,6 +25,7 @@ from attnres_rewrite.errors import AttnResError, OnnxExportError
 from attnres_rewrite.forms.backend import AttnResBackend
 from attnres_rewrite.forms.live import run_through
 from attnres_rewrite.onnx import function
+from attnres_rewrite.onnx.caches import with_cache, with_positions
 from attnres_rewrite.onnx.conversion import Conversion, Reference, cache_name
 from attnres_rewrite.onnx.sizes import default_dynamic_dims
 
@@ -77,9 +77,10 @@ def export(
     from transformers.exporters.utils import get_leaf_tensors
 
     exporter = _rewriting_exporter(rewrite)
-    with _own_forward(model):
-        inputs = _with_cache(model, call.kwargs) if use_cache else {**call.kwargs, "use_cache": False}
+    with _own_forward(model), contextlib.ExitStack() as nested:
+        inputs = with_cache(model, call.kwargs) if use_cache else {**call.kwargs, "use_cache": False}
         given = copy.deepcopy(inputs)
+        nested.enter_context(_in_nested_configurations(model, inputs))
         shapes = _default_dynamic_shapes(inputs) if dynamic_shapes is None else dynamic_shapes
         config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=opset_version)
         progress = io.StringIO()
@@ -107,13 +108,14 @@ def export(
     for value in onnx_model.graph.outputs:
         value.name = cache_name(str(value.name), "present")
 
-    def run(fresh: Call) -> list[Tensor]:
+    def run(fresh: Call) -> dict[str, Tensor]:
         asked = Call((), {**fresh.kwargs, **flags})
         with without_traces(model):
-            return list(get_leaf_tensors(run_through(model, asked.run, AttnResBackend("eager"))).values())
+            outputs = get_leaf_tensors(run_through(model, asked.run, AttnResBackend("eager")))
+        return {cache_name(name, "present"): tensor for name, tensor in outputs.items()}
 
     return Conversion(
-        exporter.program, onnx_model, Call((), tensors), names, Reference(run, _with_positions), ort_fusions is None
+        exporter.program, onnx_model, Call((), tensors), names, Reference(run, with_positions), ort_fusions is None
     )
 
 
@@ -142,53 +144,6 @@ def _default_dynamic_shapes(inputs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _with_cache(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call that goes on for two tokens after ``inputs``, with their cache.
-
-    Two, because a size of one would be a constant in the graph.
-    """
-    from transformers.exporters.utils import decompose_for_generation
-
-    try:
-        stages = decompose_for_generation(model, dict(inputs), multi_token_decode=True)
-    except Exception as error:
-        raise OnnxExportError(
-            f"{type(model).__name__} cannot be exported with a cache: {error}\nPass example inputs that "
-            "model.generate() takes, or use_cache=False"
-        ) from error
-    if set(stages) != {"prefill", "decode"}:
-        raise OnnxExportError(
-            f"{type(model).__name__} generates in {len(stages)} parts ({', '.join(stages)}), and export_onnx writes "
-            "one file: export its language model, or use_cache=False"
-        )
-    arguments = dict(stages["decode"][1])
-    mask = inputs.get("attention_mask")
-    if mask is not None and arguments.get("attention_mask") is None:
-        # generate() leaves a mask out that hides nothing; the exported model shall take one nevertheless.
-        arguments["attention_mask"] = torch.cat([mask, mask.new_ones(mask.shape[0], 2)], dim=1)
-    return {name: value for name, value in arguments.items() if value is not None}
-
-
-def _with_positions(call: Call) -> Call:
-    """``call`` with positions that follow the cache, and a mask that covers it and hides something."""
-    arguments = dict(call.kwargs)
-    cache, ids = arguments.get("past_key_values"), arguments.get("input_ids")
-    if ids is None:
-        return call
-    start = 0 if cache is None else cache.get_seq_length()
-    for name, value in call.kwargs.items():
-        if name == "position_ids" and cache is not None and value.dim() == 2:
-            following = torch.arange(start, start + ids.shape[1], device=value.device)
-            arguments[name] = following.expand(ids.shape).clone()
-        if name == "attention_mask" and value.dim() == 2:
-            mask = value.new_ones(ids.shape[0], start + ids.shape[1])
-            if mask.shape[1] > 1:
-                # Some padding, on the side where no token is left with nothing to attend to.
-                mask[1:, 0 if start > 0 else -1] = 0
-            arguments[name] = mask
-    return Call((), arguments)
-
-
 @contextlib.contextmanager
 def _own_forward(model: nn.Module) -> Iterator[None]:
     """The exporters put a ``forward`` on the object and leave the class's own one there."""
@@ -200,6 +155,24 @@ def _own_forward(model: nn.Module) -> Iterator[None]:
             model.__dict__.pop("forward", None)
         else:
             model.__dict__["forward"] = before
+
+
+@contextlib.contextmanager
+def _in_nested_configurations(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """The flags among ``inputs`` in the configurations of the parts of ``model``.
+
+    The exporters set them in the model's own configuration alone, and a part, such as T5's decoder, may have a copy.
+    """
+    flags = {name: value for name, value in inputs.items() if isinstance(value, bool)}
+    configurations = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    before = [(c, name, getattr(c, name)) for c in configurations.values() for name in flags if hasattr(c, name)]
+    try:
+        for configuration, name, _ in before:
+            setattr(configuration, name, flags[name])
+        yield
+    finally:
+        for configuration, name, value in before:
+            setattr(configuration, name, value)
 
 
 def _rewriting_exporter(rewrite: Rewrite) -> Any:

@@ -37,6 +37,7 @@ from attnres_rewrite.ops.attend_blocks_expanded import (
     folded_queries,
     vector_grads,
 )
+from attnres_rewrite.ops.decomposition_table import register
 
 _FORWARD, _BACKWARD = "attnres::attend_blocks", "attnres::attend_blocks_backward"
 # No gains are an empty list. The result is the mixed of every read, then the log-sum of every read.
@@ -196,6 +197,8 @@ def _register() -> None:
     torch.library.impl(_FORWARD, "FuncTorchDynamicLayerFrontMode", expand_forward)
 
     ops = torch.ops.attnres
+    register(ops.attend_blocks.default, expand_forward, _fake_forward)
+    register(ops.attend_blocks_backward.default, expand_backward, _fake_backward)
     register_inductor_decomposition(ops.attend_blocks.default, _lower_forward)
     register_inductor_decomposition(ops.attend_blocks_backward.default, _lower_backward)
 

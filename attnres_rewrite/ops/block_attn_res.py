@@ -42,6 +42,7 @@ from attnres_rewrite.ops.arithmetic import (
     sum_over_rows,
     weighted_sum,
 )
+from attnres_rewrite.ops.decomposition_table import register
 
 _FORWARD = "attnres::block_attn_res"
 _BACKWARD = "attnres::block_attn_res_backward"
@@ -265,6 +266,8 @@ def _register() -> None:
     torch.library.impl(_FORWARD, "FuncTorchDynamicLayerFrontMode", _expand_forward)
 
     ops = torch.ops.attnres
+    register(ops.block_attn_res.default, _expand_forward, _fake_forward)
+    register(ops.block_attn_res_backward.default, _expand_backward, _fake_backward)
     register_inductor_decomposition(ops.block_attn_res.default, partial(_expand_forward, for_inductor=True))
     register_inductor_decomposition(ops.block_attn_res_backward.default, partial(_expand_backward, for_inductor=True))
 

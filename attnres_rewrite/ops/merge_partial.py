@@ -33,6 +33,7 @@ from attnres_rewrite.ops.arithmetic import (
     scores,
     sum_over_rows,
 )
+from attnres_rewrite.ops.decomposition_table import register
 
 _FORWARD, _BACKWARD = "attnres::merge_partial", "attnres::merge_partial_backward"
 _INPUTS = (
@@ -194,6 +195,8 @@ def _register() -> None:
     torch.library.impl(_FORWARD, "FuncTorchDynamicLayerFrontMode", _expand_forward)
 
     ops = torch.ops.attnres
+    register(ops.merge_partial.default, _expand_forward, _fake_forward)
+    register(ops.merge_partial_backward.default, _expand_backward, _fake_backward)
     register_inductor_decomposition(ops.merge_partial.default, bind(_expand_forward, for_inductor=True))
     register_inductor_decomposition(ops.merge_partial_backward.default, bind(_expand_backward, for_inductor=True))
 

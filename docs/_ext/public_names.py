@@ -32,7 +32,7 @@ GROUPS = {
         "TrainingDynamics",
     ],
     "Save and load it": ["save_pretrained", "from_pretrained", "import_state_dict", "export_state_dict"],
-    "Compile and export it": ["AttnResBackend", "export_onnx", "OnnxExport"],
+    "Compile and export it": ["AttnResBackend", "export_onnx", "OnnxExport", "decompositions"],
     "Errors": [
         "AttnResError",
         "NoResidualStreamError",
