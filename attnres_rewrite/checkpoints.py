@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from attnres_rewrite._version import __version__
@@ -109,13 +110,29 @@ def _load_own(
         )
     safetensors = _safetensors("from_pretrained")
     made = model if isinstance(model, nn.Module) else model()
+    # What is made here is lost with an error; a module of the user's gets its weights back.
+    own = [(t, t.detach().clone()) for t in (*made.parameters(), *made.buffers())] if made is model else []
     Recorded.from_dict(saved["record"]).install(made, backend, **options)
     try:
-        safetensors.load_model(made, str(folder / WEIGHTS))
+        _load_weights(safetensors, made, folder / WEIGHTS)
     except BaseException:
         uninstall(made)
+        with torch.no_grad():
+            for tensor, value in own:
+                tensor.copy_(value)
         raise
     return made
+
+
+def _load_weights(safetensors: Any, made: nn.Module, file: Path) -> None:
+    try:
+        safetensors.load_model(made, str(file))
+    except CheckpointError:
+        raise
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the weights in {file} do not fit this {type(made).__name__}: make it as it was when it was saved. {error}"
+        ) from error
 
 
 def _load_of_transformers(folder: Path, options: dict[str, Any]) -> nn.Module:

@@ -32,9 +32,9 @@ def warm_up(
     """Compile the calls of a rewritten model ahead, so that none of them waits for the compiler later.
 
     A rewritten model is compiled when it is called: once for training, once for calls without gradients, once for the
-    first inputs of another size, after which that size is dynamic, and once more for each size of one. With Inductor
-    each takes from seconds to minutes. Here all of that is done at once. Weights, gradients, buffers, modes and random
-    state are as before.
+    first inputs of another size, after which that size is dynamic, and once more for each dimension of size 1. With
+    Inductor each takes from seconds to minutes. Here all of that is done at once. Weights, gradients, buffers, modes
+    and random state are as before.
 
     Args:
         model: A model that was rewritten in place.

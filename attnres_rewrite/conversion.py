@@ -113,7 +113,8 @@ def export_state_dict(
         convention: Whose names they get, as for :func:`import_state_dict`.
 
     Returns:
-        The weights under the other names, and the fields that the configuration of the other model must have. The very
+        The weights under the other names, and the fields that the configuration of the other model must have. One is
+        the epsilon of the reads and of all norms there, so the norms of the plain model must have the same. The very
         first read, which this package has no vectors for, gets those that training starts with: zeros and ones.
 
     Raises:

@@ -74,7 +74,7 @@ class AttnResCallback(_callback_class()):  # type: ignore[misc]
             if names := decayed_parameters(pl_module, optimizer):
                 _log.warning(
                     "an optimizer decays %d pseudo-queries and key gains of this model, %s among them. It pulls the "
-                    "queries to zero, which is equal depth weights. Without: torch.optim.AdamW("
+                    "queries to zero, which is equal depth weights. To avoid that: torch.optim.AdamW("
                     "parameter_groups(model, weight_decay=0.1), lr=...), with attnres_rewrite.parameter_groups",
                     len(names),
                     names[0],

@@ -26,7 +26,7 @@ def parameter_groups(
     parameter_groups(model, weight_decay=0.1), "lr": 3e-4})``.
 
     Args:
-        model: A rewritten model in any form that has parameters. Those that are frozen are left out.
+        model: A rewritten model in any form that has parameters. Frozen parameters are left out.
         weight_decay: That of the other parameters with two or more dimensions; biases, gains of norms and other vectors
             get none.
         attnres_lr: Learning rate of the sites; if left out, that of the optimizer.

@@ -56,6 +56,10 @@ def make_rewritten_llama() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def make_graph() -> tuple[nn.Module, torch.Tensor]:
+    return torch.fx.symbolic_trace(make_mlp()[0]), torch.zeros(2, 4)
+
+
 def make_nothing() -> str:
     return "text"
 
@@ -649,6 +653,12 @@ def test_plot_a_plain_model(run, tmp_path):
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(f"{out}: 8 reads of 4 sources; the model came plain")
     assert out.read_text().startswith("<?xml")
+
+
+def test_a_graph_has_no_plot(monkeypatch, capsys, tmp_path):
+    code, error = main(monkeypatch, capsys, "plot", "test_cli:make_graph", "--out", str(tmp_path / "depth.html"))
+    assert code == 1
+    assert "test_cli:make_graph returned a GraphModule, whose sites are not recorded: return the nn.Module" in error
 
 
 @pytest.mark.parametrize(

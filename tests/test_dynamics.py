@@ -1,8 +1,10 @@
 """training_dynamics: magnitudes and gradient norms equal those of hooks, of autograd and of a hand-written AttnRes."""
 
 import copy
+import gc
 import json
 import math
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -284,6 +286,24 @@ def test_a_break_behind_the_layers_is_none_of_its_business() -> None:
     assert dynamics.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-6)
     rewritten = ar.rewrite(BreaksBehind(tower), 2, example_inputs=embeddings(), backend="eager")
     assert ar.training_dynamics(rewritten, embeddings()).branch_rms[0] == pytest.approx(dynamics.branch_rms[0])
+
+
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_nothing_keeps_the_model_alive(blocks: int) -> None:
+    tower = prepared(Tower(2))
+    if blocks:
+        ar.rewrite(tower, blocks, example_inputs=embeddings(), backend="eager")
+    ar.training_dynamics(tower, embeddings(), loss=mean_square)
+    weight = weakref.ref(tower.layers[0].first.up.weight)
+    del tower
+    gc.collect()
+    assert weight() is None
+
+
+def test_a_plain_model_may_have_the_configuration_of_its_rewrite() -> None:
+    config = ar.AttnResConfig(sublayers_per_block=3)
+    dynamics = ar.training_dynamics(prepared(Tower(2)), embeddings(), loss=mean_square, config=config)
+    assert len(dynamics.sublayers) == 4
 
 
 def test_what_is_refused() -> None:

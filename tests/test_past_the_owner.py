@@ -309,6 +309,16 @@ def with_a_hook_of_accelerate(model: nn.Module) -> nn.Module:
     return hooks.add_hook_to_module(model, hooks.ModelHook())
 
 
+@pytest.mark.parametrize("part", ["around", "owner"])
+@torch.no_grad()
+def test_undo_by_what_is_around_the_root_or_within_it(part: str) -> None:
+    model = rewritten(Head())
+    plain = ar.undo(copy.deepcopy(model))(X)
+    assert not torch.equal(model(X), plain)
+    ar.undo(nn.Sequential(model) if part == "around" else model.tower)
+    assert torch.equal(model(X), plain)
+
+
 WRAPPERS = [wrapped_as_accelerate_does, with_a_hook_of_accelerate]
 
 

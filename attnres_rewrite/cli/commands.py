@@ -213,15 +213,18 @@ def plot_model(
     """
     if out.suffix not in (".html", *PICTURES):
         raise CommandError(f"--out takes a name that ends in .html, {', '.join(PICTURES)}, not {str(out)!r}")
-    if not out.parent.is_dir():
-        raise CommandError(f"--out {out}: the folder {out.parent} does not exist")
+    _require_folder("--out", out)
     require(*(("matplotlib",) if out.suffix in PICTURES else ()))
+    from torch.fx import GraphModule
+
     from attnres_rewrite import attnres_parameters, depth_attention, rewrite
 
     names = None
     with stages() as stage, contextlib.redirect_stdout(sys.stderr):
         stage(f"Loading {name}")
         model, inputs = load_model(name, device="cpu")
+        if isinstance(model, GraphModule):
+            raise CommandError(f"{name} returned a GraphModule, whose sites are not recorded: return the nn.Module")
         if tokens is not None:
             ids, inputs = read_token_ids(model, tokens)
             names = [f"id {number}" for number in ids.flatten().tolist()]

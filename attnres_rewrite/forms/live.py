@@ -334,11 +334,12 @@ def uninstall(model: nn.Module) -> None:
         _compat.remove_pre_hooks(owner, TellsItsModule)
         taken, state.taken = [*taken, *state.taken], []
     remove_guards(model)
-    _compat.remove_load_hooks(model, ChecksSettings)
+    # The root that was rewritten may be a part of ``model``, as within a LightningModule.
     for module in model.modules():
+        _compat.remove_load_hooks(module, ChecksSettings)
         if isinstance(module.__dict__.get("get_compiled_call"), OwnCompiledCall):
             del module.__dict__["get_compiled_call"]
-    if isinstance(_compat.compiled_call(model), RootCall):
-        _compat.set_compiled_call(model, None)
-    model.__dict__.pop(_compat.REPLICATE, None)
+        if isinstance(_compat.compiled_call(module), RootCall):
+            _compat.set_compiled_call(module, None)
+        module.__dict__.pop(_compat.REPLICATE, None)
     give_back_compilation(taken)

@@ -25,9 +25,7 @@ class RootCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; raises :class:`NotRewrittenError` for a tracer."""
         state = self.state
-        if torch.compiler.is_dynamo_compiling() or not state.enabled:
-            return _compat.call_uncompiled(self.model, *args, **kwargs)
-        if state.override is not None:
+        if torch.compiler.is_dynamo_compiling() or not state.enabled or state.undone or state.override is not None:
             return _compat.call_uncompiled(self.model, *args, **kwargs)
         if is_traced():
             raise NotRewrittenError(not_rewritten_message(self.owner))

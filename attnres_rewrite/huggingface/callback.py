@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _DECAYED = (
     "the optimizer decays %d pseudo-queries and key gains of this model, %s among them, as the Trainer does with all "
-    "that is no bias and not of a norm. It pulls the queries to zero, which is equal depth weights. Without: "
+    "that is no bias and not of a norm. It pulls the queries to zero, which is equal depth weights. To avoid that: "
     'Trainer(..., optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": parameter_groups(model, weight_decay=%s), '
     '"lr": %s})), with attnres_rewrite.parameter_groups'
 )

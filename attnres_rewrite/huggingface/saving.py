@@ -60,6 +60,9 @@ class SavesRecord:
     def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As the method of the class; raises :class:`CheckpointError` for a model that is quantised."""
         model: Any = self.model
+        if not any(live_forwards(model)):
+            # ``undo`` of the owner by itself does not reach what is around it.
+            return type(model).save_pretrained(model, save_directory, *args, **kwargs)
         with recorded_in(model.config, model):
             folder = Path(save_directory)
             if kwargs.get("is_main_process", True) and not folder.is_file():
@@ -79,7 +82,7 @@ class UploadsCard:
         """As the method of the class."""
         card = Path(working_dir) / "README.md"
         text = card.read_text() if card.is_file() else _HEADER
-        if _SECTION not in text:
+        if _SECTION not in text and any(live_forwards(self.model)):
             card.write_text(f"{text.rstrip()}\n\n{_card(self.model)}")
         return getattr(type(self.model), _compat.UPLOAD)(self.model, working_dir, *args, **kwargs)
 

@@ -75,7 +75,7 @@ _here = threading.local()
 
 @contextlib.contextmanager
 def recording() -> Iterator[Records]:
-    """Within the context, what :func:`record_weights` compiled adds to the records that the context gives."""
+    """Within the context every graph that :func:`record_weights` compiled puts its records into what is yielded."""
     before: Records | None = getattr(_here, "records", None)
     records: Records = {}
     _here.records = records

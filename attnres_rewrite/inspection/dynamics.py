@@ -6,6 +6,7 @@ what is on the stream, whatever the modules give each other.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import ExampleInputsError, GraphBreakError, MissingPackageError, NoResidualStreamError
 from attnres_rewrite.forms.live import live_forwards, run_through
 from attnres_rewrite.forms.output_hooks import make_hooks_traceable
-from attnres_rewrite.inspection.sublayers import Recorded, RecordingBackend
+from attnres_rewrite.inspection.sublayers import Recording, RecordingBackend
 from attnres_rewrite.pipeline import analyse
 
 
@@ -136,8 +137,14 @@ def training_dynamics(
         UnsupportedResidualError: The residuals of a plain model are of a kind that cannot be rewritten.
         GraphBreakError: A graph break lies between the layers.
     """
-    call, recorded = example_call(model, example_inputs), Recorded(model)
-    with as_it_was(model), without_traces(model), torch.enable_grad():
+    call = example_call(model, example_inputs)
+    # Closed, because Dynamo holds on to the backend, and so to what is recorded.
+    with (
+        contextlib.closing(Recording(model)) as recorded,
+        as_it_was(model),
+        without_traces(model),
+        torch.enable_grad(),
+    ):
         make_hooks_traceable(model)
         live = next(live_forwards(model), None)
         if live is None:
@@ -149,22 +156,22 @@ def training_dynamics(
             raise NoResidualStreamError("training_dynamics: no residual stream ran on these inputs")
         value = _scalar(output, loss)
         norms = recorded.gradient_norms(value)
-    return TrainingDynamics(
-        rewritten=any(one.has_site for one in recorded.sublayers),
-        sublayers=[one.name for one in recorded.sublayers],
-        branch_rms=[one.branch_rms for one in recorded.sublayers],
-        output_rms=[one.output_rms for one in recorded.sublayers],
-        read_rms=[one.read_rms for one in recorded.sublayers],
-        gradient_norm=norms,
-        loss=value.item(),
-    )
+        return TrainingDynamics(
+            rewritten=any(one.has_site for one in recorded.sublayers),
+            sublayers=[one.name for one in recorded.sublayers],
+            branch_rms=[one.branch_rms for one in recorded.sublayers],
+            output_rms=[one.output_rms for one in recorded.sublayers],
+            read_rms=[one.read_rms for one in recorded.sublayers],
+            gradient_norm=norms,
+            loss=value.item(),
+        )
 
 
-def _run_plain(model: nn.Module, call: Call, recorded: Recorded, config: AttnResConfig) -> Any:
+def _run_plain(model: nn.Module, call: Call, recorded: Recording, config: AttnResConfig) -> Any:
     """Run a model that is not rewritten, whose streams must be such as can be."""
     with uncompiled(model):
         captured = capture(model, call, config.streams)
-        one_block = dataclasses.replace(config, blocks=1, layers_per_block=None)
+        one_block = dataclasses.replace(config, blocks=1, layers_per_block=None, sublayers_per_block=None)
         plans = analyse(captured.modules, one_block).plans
         backend = RecordingBackend(recorded, plain_streams=("*",), owners={plan.stream.owner for plan in plans})
         output = call.run(compiled(model, backend, scalars=captured.scalars))

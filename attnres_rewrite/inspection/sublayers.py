@@ -51,7 +51,7 @@ class Sublayer:
     read_rms: float = math.nan
 
 
-class Recorded:
+class Recording:
     """What one call of ``model`` computes, sublayer by sublayer.
 
     Attributes:
@@ -77,6 +77,10 @@ class Recorded:
             return outputs
 
         return run
+
+    def close(self) -> None:
+        """Drop the parameters of the model and the nodes of its graphs."""
+        self.sublayers, self._trained, self._parameters = [], {}, []
 
     def gradient_norms(self, loss: Tensor) -> list[float]:
         """For every sublayer the norm of the gradient of ``loss`` by its parameters; no gradient is accumulated."""
@@ -143,7 +147,7 @@ class RecordingBackend(AttnResBackend):
         owners: The owners of the plain streams to record; ``None`` means all.
     """
 
-    def __init__(self, recorded: Recorded, plain_streams: tuple[str, ...], owners: set[str] | None = None) -> None:
+    def __init__(self, recorded: Recording, plain_streams: tuple[str, ...], owners: set[str] | None = None) -> None:
         super().__init__(self._interpret, plain_streams=plain_streams)
         self.recorded, self.owners = recorded, owners
         self._found: dict[fx.Node, Sublayer] = {}
@@ -157,7 +161,11 @@ class RecordingBackend(AttnResBackend):
             plain = set[str]().union(*(anchor.plain_paths for anchor in anchors_of(module)))
             streams = [s for s in find_streams(module).streams if self._takes(s.owner) and s.owner not in plain]
             self._found = _sublayers_of(module.graph, streams)
-        return super().__call__(module, inputs, **options)
+        try:
+            return super().__call__(module, inputs, **options)
+        finally:
+            # Dynamo holds on to a backend, which must not hold on to a graph.
+            self._found, self._rewritten = {}, []
 
     def _takes(self, owner: str) -> bool:
         return owner not in self.plain_streams and (self.owners is None or owner in self.owners)
