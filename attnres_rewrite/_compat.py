@@ -28,6 +28,7 @@ from torch._subclasses import FakeTensorMode
 from torch.backends import mha
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp as FakeTensorProp
 from torch.nn.modules import module as module_hooks
+from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     # At run time torch imports it at first use; it takes seconds.
@@ -536,15 +537,19 @@ def is_in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def tracing_settings(scalars: bool) -> contextlib.AbstractContextManager[Any]:
+def tracing_settings(scalars: bool, *, whole: bool = False) -> contextlib.AbstractContextManager[Any]:
     """A context for a call that may be traced: Dynamo leaves out what transformers logs in the forward of its models.
 
     Args:
         scalars: Whether Dynamo takes ``tensor.item()`` into the graph, and goes on.
+        whole: Whether Dynamo leaves a graph whole that it would split at the buckets of ``DistributedDataParallel``.
     """
     config, changes = torch._dynamo.config, dict[str, Any]()
     if scalars:
         changes["capture_scalar_outputs"] = True
+    # Its other modes do not split.
+    if whole and config.optimize_ddp in (True, "ddp_optimizer"):
+        changes["optimize_ddp"] = False
     # ``logger.warning_once``, which transformers adds to the class.
     warn_once = getattr(logging.Logger, "warning_once", None)
     if warn_once is not None and warn_once not in config.ignore_logging_functions:
@@ -669,3 +674,47 @@ def copy_graph(graph: torch.fx.Graph) -> torch.fx.Graph:
         # Copying a pytree specification trips over a deprecation inside PyTorch itself.
         warnings.simplefilter("ignore", FutureWarning)
         return copy.deepcopy(graph)
+
+
+def active_data_parallel() -> DistributedDataParallel | None:
+    """The ``DistributedDataParallel`` whose forward is running, if one is."""
+    active: DistributedDataParallel | None = DistributedDataParallel._active_ddp_module
+    return active
+
+
+def parameters_known_to(wrapper: DistributedDataParallel) -> set[int]:
+    """The ids of the parameters that ``wrapper`` reduces the gradients of, or was told to leave alone."""
+    ignored = {id(p) for name, p in wrapper.module.named_parameters() if name in wrapper.parameters_to_ignore}
+    return ignored | {id(p) for p in wrapper._module_parameters}
+
+
+def is_managed_by_fsdp(module: torch.nn.Module) -> bool:
+    """Whether ``fully_shard``, ``replicate`` or ``FullyShardedDataParallel`` manages the parameters of ``module``."""
+    # Nobody has composed anything who has not imported it.
+    composable: Any = sys.modules.get("torch.distributed._composable_state")
+    if composable is None:
+        return False
+    return bool(module.__dict__.get("_is_fsdp_managed_module")) or composable._get_module_state(module) is not None
+
+
+def is_flattened_by_fsdp(module: torch.nn.Module) -> bool:
+    """Whether ``FullyShardedDataParallel`` has made one flat parameter of those of ``module``."""
+    if not module.__dict__.get("_is_fsdp_managed_module", False):
+        return False
+    first = next(module.parameters(), None)
+    # While it runs, its modules have views of the flat parameter in place of parameters, or none at all.
+    return not isinstance(first, torch.nn.Parameter) or bool(getattr(first, "_fsdp_flattened", False))
+
+
+def split_by_pipelining() -> tuple[torch.nn.Module, Mapping[str, Any]] | None:
+    """The module that ``pipeline`` of ``torch.distributed.pipelining`` is tracing, and where it is to be split by name.
+
+    What annotates the places says nothing where it does not find a call, but what traces is on the stack.
+    """
+    module, frame = sys.modules.get("torch.distributed.pipelining"), inspect.currentframe()
+    code = module.pipeline.__code__ if module is not None else None
+    while frame is not None and code is not None:
+        if frame.f_code is code:
+            return (frame.f_locals["module"], frame.f_locals["split_spec"]) if frame.f_locals["split_spec"] else None
+        frame = frame.f_back
+    return None

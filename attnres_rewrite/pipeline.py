@@ -31,6 +31,7 @@ from attnres_rewrite.passes import (
     SiteParameters,
     SpellOutSums,
     StreamAnalysis,
+    SumGradients,
 )
 from attnres_rewrite.patterns.refusal import POST_NORM
 from attnres_rewrite.streams import RejectedAdd, ResidualStream, StreamPlan, rejected_lines
@@ -159,7 +160,8 @@ def insert(
 ) -> list[Site]:
     """Rewrite a planned stream of ``module`` in place and check the result."""
     before = Expansion(plan)
-    inserted: list[Site] = InsertAttnRes()(module, plan, parameters, config)
+    own: list[SiteParameters] = SumGradients()(module, plan.stream, parameters)
+    inserted: list[Site] = InsertAttnRes()(module, plan, own, config)
     scheduled: list[Site] = ScheduleReads()(module, inserted, config)
     PlaceSites()(module, scheduled)
     CheckRewrite()(module, plan, scheduled, before)

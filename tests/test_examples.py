@@ -36,6 +36,31 @@ def test_train():
     assert losses[-1] < losses[0] - 0.5
 
 
+def run_on_two(name: str, *arguments: str) -> list[float]:
+    """The losses that the first of two processes prints, and how far the queries are apart, where it prints that."""
+    launch = ["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, EXAMPLES / name, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [float(a or b) for a, b in re.findall(r"loss ([\d.]+)|, ([\d.e+-]+) between", done.stdout)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [[], ["--shard"]], ids=["ddp", "fsdp"])
+def test_train_distributed(arguments):
+    *losses, apart = run_on_two("train_distributed.py", "--steps", "15", "--backend", "eager", *arguments)
+    assert len(losses) == 15
+    assert losses[-1] < losses[0] - 0.5
+    assert apart == 0
+
+
+@pytest.mark.slow
+def test_fsdp_per_layer():
+    losses = run_on_two("fsdp_per_layer.py", "--steps", "15")
+    assert len(losses) == 15
+    assert losses[-1] < losses[0] - 0.5
+
+
 @pytest.mark.slow
 def test_train_lightning(tmp_path):
     pytest.importorskip("lightning.pytorch")
@@ -136,5 +161,5 @@ def test_every_link_in_the_readme_leads_somewhere():
 
 
 def test_every_example_is_tested():
-    tested = set(re.findall(r'run\("(\w+\.py)"', Path(__file__).read_text()))
+    tested = set(re.findall(r'run(?:_on_two)?\("(\w+\.py)"', Path(__file__).read_text()))
     assert tested == {path.name for path in EXAMPLES.glob("*.py")}

@@ -14,6 +14,7 @@ from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import AttnResError, GraphBreakError, NotRewrittenError, UnsupportedResidualError
 from attnres_rewrite.forms.anchor import Anchor, anchors_of
 from attnres_rewrite.forms.saved_activations import recompute_results
+from attnres_rewrite.forms.wrappers import require_known_sites
 from attnres_rewrite.graph.nodes import is_inside, require_tensor, source_line
 from attnres_rewrite.passes import Refusal, RefuseNonSums, Site, SiteParameters
 from attnres_rewrite.pipeline import find_streams, insert
@@ -64,6 +65,9 @@ class AttnResBackend:
         Dynamo would wrap it in an error of its own, or drop it and run the plain model.
         """
         try:
+            if (wrapper := _compat.active_data_parallel()) is not None:
+                # Where a torch.compile of the user's surrounds the model, nothing has asked before.
+                require_known_sites(wrapper)
             self.inserted(rewrite_captured(module, self.plain_streams, self._scheduled, self.site_parameters))
         except AttnResError as error:
             return _raiser(error)
@@ -223,9 +227,10 @@ def _plans(anchor: Anchor, streams: list[ResidualStream]) -> list[StreamPlan]:
         raise GraphBreakError(
             f"module {anchor.spec.owner or '(root)'!r} was rewritten with {sum(anchor.sites)} AttnRes sites, but the "
             f"compiler sees {sum(found)} of them in one graph{last}. No part of the stream may run alone. Usual "
-            "causes: a graph break between layers, DistributedDataParallel's optimize_ddp (set "
-            "torch._dynamo.config.optimize_ddp = False), or torch.compile on single layers (compile the whole "
-            "model instead)." + _told_by(broken)
+            "causes: a graph break between layers, torch.compile on single layers (compile the whole model instead), "
+            "or a torch.compile of your own around DistributedDataParallel, which splits graphs (leave it out, the "
+            "model compiles itself, or set torch._dynamo.config.optimize_ddp = False before it is first called)."
+            + _told_by(broken)
         )
     return [StreamPlan.recorded(s, sizes) for s, sizes in zip(streams, anchor.spec.blocks, strict=True)]
 

@@ -28,6 +28,7 @@ from attnres_rewrite.forms.root_call import CopiesOfRoot, RootCall, is_traced
 from attnres_rewrite.forms.second_backend import Backend, SecondBackend
 from attnres_rewrite.forms.settings import EXTRA_STATE
 from attnres_rewrite.forms.site_parameters import AttnResSite, AttnResSites
+from attnres_rewrite.forms.wrappers import refuse_wrapped
 
 
 class LiveForward:
@@ -93,8 +94,8 @@ class LiveForward:
         install_output_hooks(owner, kwargs)
         make_hooks_traceable(owner)
         if modes := _compat.active_dispatch_modes():
-            return state.run_watched(modes, _run_layers, self, owner, *args, **kwargs)
-        return state.run(self._compiled_here(), self, owner, *args, **kwargs)
+            return state.run_watched(modes, owner, _run_layers, self, owner, *args, **kwargs)
+        return state.run(owner, self._compiled_here(), self, owner, *args, **kwargs)
 
     def _compiled_here(self) -> Callable[..., Any]:
         if (override := self.state.override) is not None:
@@ -258,13 +259,14 @@ def run_through(
 
 
 def require_plain(model: nn.Module) -> None:
-    """Raise :class:`UnsupportedResidualError` if ``model`` was rewritten in place already."""
+    """Raise :class:`UnsupportedResidualError` if ``model`` was rewritten in place already, or wrapped too early."""
     rewritten = [name for name, _ in live_forwards(model)]
     if rewritten:
         raise UnsupportedResidualError(
             f"the model already has Attention Residuals, in module {rewritten[0] or '(root)'!r}: undo(model) takes "
             "them out, then it can be rewritten again"
         )
+    refuse_wrapped(model)
 
 
 def set_backend(model: nn.Module, backend: str | Callable[..., Any]) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
 from attnres_rewrite import _compat
 from attnres_rewrite.capture.inputs import Taken
 from attnres_rewrite.forms.backend import AttnResBackend
 from attnres_rewrite.forms.second_backend import Backend, SecondBackend
+from attnres_rewrite.forms.wrappers import naming_sharded_layers, refuse_flattened, require_known_sites
 
 
 class LiveState:
@@ -41,6 +44,8 @@ class LiveState:
         self.undone = False
         self.taken: Taken = []
         self._kept: dict[Backend, SecondBackend] = {}
+        # The DistributedDataParallel that was last seen to know the sites.
+        self._known_to: weakref.ref[nn.Module] | None = None
         self._here = threading.local()
 
     @property
@@ -91,12 +96,15 @@ class LiveState:
         )
         return compiled
 
-    def run_watched(self, modes: Sequence[Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run_watched(
+        self, modes: Sequence[Any], module: nn.Module, function: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
         """Call ``function`` with its graphs rewritten and interpreted, so that dispatch modes see every operator.
 
         Args:
             modes: The modes that are active, outermost first. Dynamo does nothing while they are, so it traces
                 without them.
+            module: The module that is called.
             function: What to compile.
             *args: Its arguments.
             **kwargs: Its keyword arguments.
@@ -113,16 +121,23 @@ class LiveState:
 
         backend = AttnResBackend(interpreted, plain_streams=self.backend.plain_streams)
         with _compat.without_dispatch_modes():
-            return self.run(self.compile(function, backend), *args, **kwargs)
+            return self.run(module, self.compile(function, backend), *args, **kwargs)
 
-    def run(self, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call what was compiled, as the model was captured."""
-        with _compat.tracing_settings(self.scalars):
+    def run(self, module: nn.Module, compiled: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call what was compiled of ``module``, as the model was captured."""
+        wrapper = _compat.active_data_parallel()
+        if wrapper is not None and (self._known_to is None or self._known_to() is not wrapper):
+            require_known_sites(wrapper)
+            self._known_to = weakref.ref(wrapper)
+        refuse_flattened(module)
+        # A stream is whole or not rewritten, so a graph is not split for what it gains in communication.
+        settings = _compat.tracing_settings(self.scalars, whole=wrapper is not None)
+        with naming_sharded_layers(module), settings:
             return compiled(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         # Like nn.Module, a copy of which is not compiled.
-        return {**self.__dict__, "taken": [], "_kept": None, "_here": None}
+        return {**self.__dict__, "taken": [], "_kept": None, "_known_to": None, "_here": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _kept={}, _here=threading.local())

@@ -32,11 +32,11 @@ class RootCall:
         install_output_hooks(self.model, kwargs)
         make_hooks_traceable(self.model)
         if modes := _compat.active_dispatch_modes():
-            return state.run_watched(modes, _call, self.model, *args, **kwargs)
+            return state.run_watched(modes, self.model, _call, self.model, *args, **kwargs)
         if self._compiled is None:
             # At the first call and not before: a copy is not complete yet when it gets its call.
             self._compiled = _compat.compile_call(self.model, backend=state.backend, **state.options)
-        return state.run(self._compiled, *args, **kwargs)
+        return state.run(self.model, self._compiled, *args, **kwargs)
 
 
 class CopiesOfRoot:

@@ -38,6 +38,7 @@ from attnres_rewrite.ops.attend_blocks_expanded import (
     vector_grads,
 )
 from attnres_rewrite.ops.decomposition_table import register
+from attnres_rewrite.ops.pipelining import refuse_unsplit
 
 _FORWARD, _BACKWARD = "attnres::attend_blocks", "attnres::attend_blocks_backward"
 # No gains are an empty list. The result is the mixed of every read, then the log-sum of every read.
@@ -134,6 +135,7 @@ def _fake_forward(
     blocks: Sequence[Tensor], queries: Sequence[Tensor], gains: Sequence[Tensor], eps: float, scale: float
 ) -> list[Tensor]:
     check_reads(blocks, queries, gains)
+    refuse_unsplit()
     first, arithmetic = blocks[0], compute_dtype(*blocks, *queries, *gains)
     mixed = [first.new_empty(first.shape, dtype=promoted_dtype(blocks)) for _ in queries]
     return [*mixed, *(first.new_empty((*first.shape[:-1], 1), dtype=arithmetic) for _ in queries)]

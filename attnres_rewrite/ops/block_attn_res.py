@@ -43,6 +43,7 @@ from attnres_rewrite.ops.arithmetic import (
     weighted_sum,
 )
 from attnres_rewrite.ops.decomposition_table import register
+from attnres_rewrite.ops.pipelining import refuse_unsplit
 
 _FORWARD = "attnres::block_attn_res"
 _BACKWARD = "attnres::block_attn_res_backward"
@@ -228,6 +229,7 @@ def _fake_forward(
     sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, eps: float, scale: float, sum_: bool
 ) -> Tensor:
     _check(sources, query, gain)
+    refuse_unsplit()
     return sources[0].new_empty(sources[0].shape, dtype=promoted_dtype(sources))
 
 

@@ -2,9 +2,9 @@
 
 In order: :mod:`inline_regions`, :mod:`resolve_inplace_ops`, :mod:`spell_out_sums`, :mod:`find_streams` (which chooses
 among :mod:`linear_values` by their :mod:`nesting`), :mod:`refuse_non_sums`, :mod:`refuse_depth_attention`,
-:mod:`account_for_sublayers`, :mod:`group_layers`, :mod:`insert_attnres` (which writes with :mod:`parts`),
-:mod:`schedule_reads`, :mod:`place_sites`, :mod:`check_rewrite`. :mod:`attnres_rewrite.pipeline` runs them;
-:mod:`reads_without_norm` tells what an inserted site is read by.
+:mod:`account_for_sublayers`, :mod:`group_layers`, :mod:`sum_gradients`, :mod:`insert_attnres` (which writes with
+:mod:`parts`), :mod:`schedule_reads`, :mod:`place_sites`, :mod:`check_rewrite`. :mod:`attnres_rewrite.pipeline` runs
+them; :mod:`reads_without_norm` tells what an inserted site is read by.
 """
 
 from attnres_rewrite.passes.account_for_sublayers import AccountForSublayers, Leftover
@@ -20,6 +20,7 @@ from attnres_rewrite.passes.refuse_non_sums import RefuseNonSums
 from attnres_rewrite.passes.resolve_inplace_ops import ResolveInplaceOps
 from attnres_rewrite.passes.schedule_reads import ScheduleReads
 from attnres_rewrite.passes.spell_out_sums import SpellOutSums
+from attnres_rewrite.passes.sum_gradients import SumGradients
 
 __all__ = [
     "AccountForSublayers",
@@ -42,4 +43,5 @@ __all__ = [
     "SiteParameters",
     "SpellOutSums",
     "StreamAnalysis",
+    "SumGradients",
 ]

@@ -1,4 +1,4 @@
-"""Pass 12: the rewritten graph says what the equation says."""
+"""Pass 13: the rewritten graph says what the equation says."""
 
 from __future__ import annotations
 

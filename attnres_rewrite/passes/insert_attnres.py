@@ -1,4 +1,4 @@
-"""Pass 9: one sum per block, one AttnRes node per site, the old adds gone."""
+"""Pass 10: one sum per block, one AttnRes node per site, the old adds gone."""
 
 from __future__ import annotations
 

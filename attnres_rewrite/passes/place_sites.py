@@ -1,4 +1,4 @@
-"""Pass 11: a site records gradients where what reads it does."""
+"""Pass 12: a site records gradients where what reads it does."""
 
 from __future__ import annotations
 

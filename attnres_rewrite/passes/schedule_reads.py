@@ -1,4 +1,4 @@
-"""Pass 10: the reads of a block share one pass over the complete blocks (arXiv:2603.15031, section 4)."""
+"""Pass 11: the reads of a block share one pass over the complete blocks (arXiv:2603.15031, section 4)."""
 
 from __future__ import annotations
 
