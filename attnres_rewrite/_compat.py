@@ -118,6 +118,43 @@ def is_checkpoint(node: torch.fx.Node) -> bool:
     return node.op == "call_function" and node.target is torch.ops.higher_order.tag_activation_checkpoint
 
 
+def invoke_subgraph() -> Any:
+    """The operator that calls a graph and is compiled once for all calls; ``None`` where this release has none."""
+    return getattr(torch.ops.higher_order, "invoke_subgraph", None)
+
+
+def operators_run(
+    function: Callable[..., Any], arguments: list[Any]
+) -> tuple[tuple[Any, ...], list[tuple[str, bool, set[int]]]]:
+    """Run ``function`` on fake arguments, without gradients.
+
+    Returns:
+        Its results; and for every ATen operator that ran: its name, whether it drew random numbers, and the storages
+        that it wrote into.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    found: list[tuple[str, bool, set[int]]] = []
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            arguments = operator._schema.arguments
+            given = {a.name: a.default_value for a in arguments if a.has_default_value()}
+            given |= {**dict(zip((a.name for a in arguments), args, strict=False)), **(kwargs or {})}
+            # Attention that drops nothing has the tag too.
+            random = torch.Tag.nondeterministic_seeded in operator.tags and given.get("dropout_p") != 0.0
+            written = [given.get(a.name) for a in arguments if a.alias_info and a.alias_info.is_write]
+            storages = {s for tensor in tensors_in(written) if (s := storage_of(tensor)) is not None}
+            found.append((str(operator), random, storages))
+            return operator(*args, **(kwargs or {}))
+
+    # Tensors that operators make of numbers have to be fake too.
+    fake = next((tensor.fake_mode for tensor in tensors_in(arguments) if hasattr(tensor, "fake_mode")), None)
+    with torch.no_grad(), fake or contextlib.nullcontext(), Recording():  # type: ignore[no-untyped-call]
+        results = function(*arguments)
+    return tuple(results), found
+
+
 def is_region(node: torch.fx.Node) -> bool:
     """Whether ``node`` is an operator that runs the graph in one of its arguments, as a checkpoint or in a mode.
 
@@ -275,6 +312,13 @@ def inductor_modes() -> list[str]:
     from torch._inductor import list_mode_options
 
     return ["default", *(mode for mode in list_mode_options() if mode != "default")]
+
+
+def uses_cpp_wrapper(options: Any) -> bool:
+    """Whether Inductor, with these options, writes C++ in the place of Python around its kernels."""
+    import torch._inductor.config as config
+
+    return bool((options or {}).get("cpp_wrapper", config.cpp_wrapper))
 
 
 def inductor_compile(

@@ -37,6 +37,9 @@ class AttnResConfig:
             ``"plain"`` (they keep their plain residuals, and what there are streams of is rewritten).
         sublayers_per_block: Instead of ``blocks`` and ``layers_per_block``: blocks of this many branch outputs, which
             may end within a layer; the last takes what remains. 1 is ``blocks="full"``.
+        compile_layers: ``"inline"`` (the compiler sees every layer) or ``"once"`` (layers that are computed alike are
+            compiled once and called, which compiles faster and keeps kernels from fusing across their borders; those
+            for which it might change a number stay inline, and the log says why).
 
     Raises:
         BlockPartitionError: ``blocks``, ``layers_per_block`` or ``sublayers_per_block`` is not a positive integer, or
@@ -54,6 +57,7 @@ class AttnResConfig:
     streams: tuple[str, ...] | None = None
     leftovers: Literal["refuse", "plain"] = "refuse"
     sublayers_per_block: int | None = None
+    compile_layers: Literal["inline", "once"] = "inline"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", _checked(self.blocks))
@@ -66,6 +70,7 @@ class AttnResConfig:
             "aggregation": ("mean", "sum"),
             "schedule": ("auto", "per_read", "two_phase"),
             "leftovers": ("refuse", "plain"),
+            "compile_layers": ("inline", "once"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch.fx import GraphModule
 
@@ -21,6 +21,7 @@ from attnres_rewrite.passes import (
     InlineRegions,
     InsertAttnRes,
     Leftover,
+    OutlineLayers,
     PlaceSites,
     Refusal,
     RefuseDepthAttention,
@@ -166,3 +167,8 @@ def insert(
     PlaceSites()(module, scheduled)
     CheckRewrite()(module, plan, scheduled, before)
     return scheduled
+
+
+def outline(module: GraphModule, streams: Sequence[tuple[ResidualStream, Sequence[Site]]]) -> Callable[[Site], Site]:
+    """Let the layers of rewritten streams that are computed alike be compiled once; returns what updates a site."""
+    return OutlineLayers()(module, streams).updated  # type: ignore[no-any-return]

@@ -102,6 +102,7 @@ def test_configuration() -> None:
         "streams": None,
         "leftovers": "refuse",
         "sublayers_per_block": None,
+        "compile_layers": "inline",
     }
     with pytest.raises(dataclasses.FrozenInstanceError):
         ar.AttnResConfig().blocks = 3

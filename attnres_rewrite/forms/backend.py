@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -17,11 +19,15 @@ from attnres_rewrite.forms.saved_activations import recompute_results
 from attnres_rewrite.forms.wrappers import require_known_sites
 from attnres_rewrite.graph.nodes import is_inside, require_tensor, source_line
 from attnres_rewrite.passes import Refusal, RefuseNonSums, Site, SiteParameters
-from attnres_rewrite.pipeline import find_streams, insert
+from attnres_rewrite.pipeline import find_streams, insert, outline
 from attnres_rewrite.streams import ResidualStream, StreamPlan
 
 # Rows, tokens of all sequences, up to which the schedule "auto" goes read by read.
 _FEW_ROWS = 8
+# Backends that are known to differentiate and compile the body of a call as they do the graph around it.
+_TAKE_BODIES = ("inductor", "aot_eager", "aot_eager_decomp_partition")
+
+_logger = logging.getLogger(__name__)
 
 
 class AttnResBackend:
@@ -68,20 +74,34 @@ class AttnResBackend:
             if (wrapper := _compat.active_data_parallel()) is not None:
                 # Where a torch.compile of the user's surrounds the model, nothing has asked before.
                 require_known_sites(wrapper)
-            self.inserted(rewrite_captured(module, self.plain_streams, self._scheduled, self.site_parameters))
+            scheduled = functools.partial(self._scheduled, options.get("options", self.options))
+            self.inserted(rewrite_captured(module, self.plain_streams, scheduled, self.site_parameters))
         except AttnResError as error:
             return _raiser(error)
         return self._compile(module, inputs, **options)
 
-    def _scheduled(self, anchor: Anchor, plan: StreamPlan) -> AttnResConfig:
+    def _scheduled(self, options: dict[str, Any] | None, anchor: Anchor, plan: StreamPlan) -> AttnResConfig:
         self.planned(anchor, plan)
         config = self.configure(anchor.config)
+        if config.compile_layers == "once" and (reason := self._why_inline(options)):
+            _logger.info("layers are compiled inline: %s", reason)
+            config = dataclasses.replace(config, compile_layers="inline")
         # Measured (benchmarks/schedule.py): with many rows two phases are faster, and fewer of the kernels differ,
         # so that there are fewer to compile. With one, the decoding of a token, every loop nest more costs more than
         # the sources that it saves.
         if config.schedule == "auto" and self.inner == "inductor" and not _has_few_rows(plan):
             return dataclasses.replace(config, schedule="two_phase")
         return config
+
+    def _why_inline(self, options: dict[str, Any] | None) -> str | None:
+        """What keeps this backend, with these options, from compiling layers once; ``None`` if nothing does."""
+        if self.inner not in _TAKE_BODIES:
+            return f"the backend {self.inner!r} is not known to take calls of graphs; {', '.join(_TAKE_BODIES)} are"
+        if self.inner == "inductor" and _compat.uses_cpp_wrapper(options):
+            return "Inductor's cpp_wrapper cannot call a graph"
+        if _compat.invoke_subgraph() is None:
+            return "this release of torch has no operator that calls a graph"
+        return None
 
     def configure(self, config: AttnResConfig) -> AttnResConfig:
         """The configuration to use for one that an anchor carries; a subclass may change it."""
@@ -148,7 +168,7 @@ def rewrite_captured(
     _refuse_changed(anchors, RefuseNonSums()(module, analysis))
     streams = [stream for stream in analysis.streams if stream.owner not in plain]
     _refuse_unowned(anchors, streams)
-    sites: list[Site] = []
+    rewritten: list[tuple[AttnResConfig, ResidualStream, list[Site]]] = []
     for anchor in anchors:
         if anchor.plain:
             module.graph.erase_node(anchor.node)
@@ -159,10 +179,18 @@ def rewrite_captured(
         parameters = iter(parameters_of(module, anchor))
         for plan in plans:
             own = list(itertools.islice(parameters, len(plan.stream.branches)))
-            sites += insert(module, plan, own, configure(anchor, plan))
+            config = configure(anchor, plan)
+            rewritten.append((config, plan.stream, insert(module, plan, own, config)))
         module.graph.erase_node(anchor.node)
     module.recompile()
-    return sites
+    return _outlined(module, rewritten)
+
+
+def _outlined(module: GraphModule, rewritten: Sequence[tuple[AttnResConfig, ResidualStream, list[Site]]]) -> list[Site]:
+    """The sites of streams, whose layers become calls where the configuration asks for it."""
+    sites = list(itertools.chain.from_iterable(own for _, _, own in rewritten))
+    once = [(stream, own) for config, stream, own in rewritten if config.compile_layers == "once"]
+    return list(map(outline(module, once), sites)) if once else sites
 
 
 def _has_few_rows(plan: StreamPlan) -> bool:

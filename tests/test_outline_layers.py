@@ -1,0 +1,451 @@
+"""Layers that are compiled once: the numbers are those of the inline form, alike branches share a body, and what cannot
+be moved stays, with its reason in the log."""
+
+import logging
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import (
+    WIDTH,
+    Feed,
+    Tower,
+    embeddings,
+    gpt_neox,
+    llama,
+    logits,
+    mostly_slow,
+    prepared,
+    randomise_sites,
+    relative_error,
+    token_ids,
+)
+from torch import Tensor, distributed, fx, nn
+from torch._inductor.utils import fresh_inductor_cache
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import attnres_rewrite as ar
+from attnres_rewrite import _compat
+from attnres_rewrite.forms import saved_activations
+from attnres_rewrite.forms.backend import AttnResBackend
+from attnres_rewrite.graph.nodes import GraphBuilder
+from attnres_rewrite.passes import Outlined, OutlineLayers, PostconditionError
+from attnres_rewrite.passes.bodies import Body
+from attnres_rewrite.passes.outline_layers import BODY
+from attnres_rewrite.passes.sections import Section
+
+aten = torch.ops.aten
+INVOKE = torch.ops.higher_order.invoke_subgraph
+TOLERANCE = 1e-6  # float32
+
+
+@pytest.fixture
+def outlined(monkeypatch: pytest.MonkeyPatch) -> list[Outlined]:
+    """What the pass made of every graph."""
+    found: list[Outlined] = []
+    call = OutlineLayers.call
+
+    def kept(self: OutlineLayers, *inputs: object) -> Outlined:
+        found.append(call(self, *inputs))
+        return found[-1]
+
+    monkeypatch.setattr(OutlineLayers, "call", kept)
+    return found
+
+
+def rewritten(
+    make: Callable[[], nn.Module],
+    inputs: Tensor,
+    how: str,
+    blocks: object,
+    backend: str = "aot_eager",
+    **options: object,
+) -> nn.Module:
+    # Biases keep something of what they start from.
+    torch.manual_seed(0)
+    model = prepared(make())
+    config = ar.AttnResConfig(blocks, compile_layers=how, **options)
+    ar.rewrite(model, config=config, example_inputs=(inputs,), backend=backend)
+    return randomise_sites(model).train()
+
+
+def step(model: nn.Module, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The outputs of a training step and the gradients of all parameters that have one."""
+    torch.manual_seed(0)
+    output = logits(model(inputs))
+    (output.float() * torch.linspace(-1, 1, output.shape[-1])).square().mean().backward()
+    return output.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_as_inline(
+    make: Callable[[], nn.Module],
+    inputs: Tensor,
+    blocks: object,
+    prepare: Callable[[nn.Module], nn.Module | None] = lambda model: None,
+    **options: object,
+) -> None:
+    """Output and gradients of a training step are those of the inline form.
+
+    Before it, ``prepare`` may change the model, or give what runs it.
+    """
+    found = []
+    for how in ("inline", "once"):
+        model = rewritten(make, inputs, how, blocks, **options)
+        model = prepare(model) or model
+        found.append(step(model, inputs))
+        torch._dynamo.reset()
+    (expected, gradients), (output, own) = found
+    assert relative_error(output, expected) < TOLERANCE
+    assert own.keys() == gradients.keys() != set()
+    for name, gradient in gradients.items():
+        assert relative_error(own[name], gradient) < TOLERANCE, name
+
+
+class Branchy(Tower):
+    """Feeds whose forward is ``branch``, which may do what a body cannot."""
+
+    def __init__(self, branch: Callable[[Feed, Tensor], Tensor], layers: int = 2) -> None:
+        super().__init__(layers)
+        for feed in self.modules():
+            if isinstance(feed, Feed):
+                feed.register_buffer("seen", torch.zeros(WIDTH))
+                feed.forward = branch.__get__(feed)
+
+
+# The last block of one layer begins and ends with it; uneven blocks have layers of every kind.
+@pytest.mark.parametrize("sizes", mostly_slow([(2, 1), (3, 1), (2, 2, 2)], (2, 1)))
+@pytest.mark.parametrize("schedule", mostly_slow(["per_read", "two_phase"], "two_phase"))
+def test_numbers_of_the_inline_form(outlined, sizes: tuple[int, ...], schedule: str) -> None:
+    layers, blocks = sum(sizes), list(sizes)
+    assert_as_inline(lambda: Tower(layers), embeddings(), blocks, schedule=schedule)
+    assert [(found.calls, found.inline) for found in outlined] == [((2 * layers,), ())]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["per_read", "two_phase"])
+@pytest.mark.parametrize("layers", [4, 6])
+@pytest.mark.parametrize(("make", "branches"), [(llama, 2), (gpt_neox, 1)])
+def test_numbers_of_models(outlined, make: Callable[..., nn.Module], branches: int, layers: int, schedule: str) -> None:
+    assert_as_inline(lambda: make(layers), token_ids(), 3, schedule=schedule, aggregation="sum")
+    assert outlined[-1].calls == (layers,) * branches
+
+
+def test_only_queries_train() -> None:
+    """What a body is given requires gradients that nothing in the plain model did."""
+
+    def freeze(model: nn.Module) -> None:
+        sites = {id(parameter) for _, parameter in ar.attnres_parameters(model)}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in sites)
+
+    assert_as_inline(lambda: Tower(2), embeddings(), 2, freeze)
+
+
+def test_frozen_layers_have_a_body_of_their_own(outlined) -> None:
+    """A body is differentiated once, so it cannot serve calls of which other gradients are wanted."""
+
+    def freeze(model: Tower) -> None:
+        model.layers[:2].requires_grad_(False)
+
+    assert_as_inline(lambda: Tower(4), embeddings(), 2, freeze)
+    assert sorted(outlined[-1].calls) == [4, 4]
+
+
+class Tied(Tower):
+    """All layers are one module, as in ALBERT, but the last one, in which two weights are one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        for feed in self.modules():
+            if isinstance(feed, Feed):
+                feed.up, feed.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.layers[1] = self.layers[0]
+        for feed in (self.layers[3].first, self.layers[3].second):
+            feed.up.weight = feed.down.weight
+
+
+def test_tied_weights(outlined) -> None:
+    """Two operands that are one tensor in the call that is traced stay two for the others."""
+    assert_as_inline(Tied, embeddings(), 2)
+    assert outlined[-1].calls == (8,)
+
+
+def test_structure_decides_what_is_shared(outlined) -> None:
+    class Hybrid(Tower):
+        def __init__(self) -> None:
+            super().__init__(4)
+            for layer in self.layers[1::2]:
+                layer.second.norm = nn.LayerNorm(WIDTH, eps=1e-3)
+            self.layers[3].second.up = nn.Linear(WIDTH, 3 * WIDTH)
+            self.layers[3].second.down = nn.Linear(3 * WIDTH, WIDTH)
+
+    assert_as_inline(Hybrid, embeddings(), 2)
+    (found,) = outlined
+    # Six of one epsilon; of the other there is one, and one that is wider.
+    assert found.calls == (6,)
+    assert [reason for _, reason in found.inline] == ["no other branch is computed like it"] * 2
+
+
+def random(feed: Feed, x: Tensor) -> Tensor:
+    return nn.functional.dropout(feed.down(feed.up(feed.norm(x)).tanh()), 0.5, True)
+
+
+def writing(feed: Feed, x: Tensor) -> Tensor:
+    feed.seen.add_(1)
+    y = feed.norm(x)
+    feed.seen.add_(y.detach().mean())
+    return feed.down(feed.up(y + feed.seen).tanh())
+
+
+def without_gradients(feed: Feed, x: Tensor) -> Tensor:
+    y = feed.norm(x)
+    with torch.no_grad():
+        scale = y.square().mean()
+    return feed.down(feed.up(y * scale).tanh())
+
+
+def under_autocast(feed: Feed, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return feed.down(feed.up(feed.norm(x)).tanh()).to(x.dtype)
+
+
+def checkpointed(feed: Feed, x: Tensor) -> Tensor:
+    return checkpoint(lambda x: feed.down(feed.up(feed.norm(x)).tanh()), x, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    ("branch", "reason"),
+    [
+        (random, "draws random numbers"),
+        pytest.param(writing, "writes into memory", marks=pytest.mark.slow),
+        pytest.param(without_gradients, "runs in the midst of it", marks=pytest.mark.slow),
+        pytest.param(under_autocast, "under autocast", marks=pytest.mark.slow),
+        pytest.param(checkpointed, "activation checkpointing", marks=pytest.mark.slow),
+    ],
+)
+def test_what_cannot_be_moved_stays(outlined, branch: Callable[[Feed, Tensor], Tensor], reason: str) -> None:
+    assert_as_inline(lambda: Branchy(branch), embeddings(), 2)
+    found = outlined[-1]
+    assert found.calls == ()
+    assert len(found.inline) == 4
+    assert all(reason in why for _, why in found.inline)
+
+
+def masked_attention(x: Tensor) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(x, x, x, x @ x.t() > 0)
+
+
+def fused_attention(x: Tensor) -> Tensor:
+    """One operator on a CPU, which has the tag of those that are random."""
+    x = x[None, None]
+    return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def built(*operators: Callable[[Tensor], Tensor]) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """A graph in which every operator is applied to the result of the one before, and their nodes."""
+    module, mode = fx.GraphModule({}, fx.Graph()), FakeTensorMode()
+    node = source = module.graph.placeholder("x")
+    source.meta["example_value"] = mode.from_tensor(torch.ones(2, WIDTH))
+    nodes = [node := GraphBuilder(module).call(operator, node, like=source) for operator in operators]
+    module.graph.output(tuple(nodes))
+    return module, nodes
+
+
+@pytest.mark.parametrize(
+    ("operators", "reason"),
+    [
+        ((torch.tanh, torch.relu), None),
+        ((torch.tanh, masked_attention), None),
+        ((torch.tanh, fused_attention), None),
+        ((torch.detach, torch.relu), "a view of an operand"),
+        ((torch.relu, torch.t), "views of one tensor"),
+        ((torch.relu, torch.bernoulli), "draws random numbers"),
+    ],
+)
+def test_a_body_is_tried_on_fake_values(operators: tuple[Callable[[Tensor], Tensor], ...], reason: str | None) -> None:
+    _, nodes = built(*operators)
+    found = Body([Section.of(nodes, (True,))] * 2).why_it_stays()
+    assert found == reason if reason is None else reason in found
+
+
+def test_numbers_that_are_operands_are_compared() -> None:
+    graph, structures = fx.Graph(), set()
+    x, n = graph.placeholder("x"), graph.placeholder("n")
+    x.meta["example_value"] = torch.ones(2)
+    product = graph.call_function(operator.mul, (x, n))
+    graph.output(product)
+    for number in (2, 3, 3):
+        n.meta["example_value"] = number
+        structures.add(Section.of([product], (True,)).structure)
+    assert len(structures) == 2
+
+
+def test_a_body_that_cannot_be_tried_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("no\nmore")
+
+    monkeypatch.setattr(_compat, "operators_run", fail)
+    _, nodes = built(torch.tanh)
+    assert Body([Section.of(nodes, (True,))] * 2).why_it_stays() == "it cannot be tried on fake values: no"
+
+
+def test_operands_are_taken_from_outside() -> None:
+    """What a called graph returns of its operands, or views of them, is what was given; the rest stays."""
+    mode = FakeTensorMode()
+    body = fx.Graph()
+    x, w = body.placeholder("x"), body.placeholder("w")
+    x.meta["val"], w.meta["val"] = mode.from_tensor(torch.ones(2, 3)), mode.from_tensor(torch.ones(4, 3))
+    turned = body.call_function(aten.t.default, (w,))
+    product = body.call_function(aten.mm.default, (x, turned))
+    turned.meta["val"] = w.meta["val"].t()
+    product.meta["val"] = x.meta["val"] @ turned.meta["val"]
+    body.output((product, x, turned))
+    graph = fx.Graph()
+    given = [graph.placeholder("a"), graph.placeholder("b")]
+    call = graph.call_function(INVOKE, (graph.get_attr("body"), BODY, *given))
+    graph.output(tuple(graph.call_function(operator.getitem, (call, i)) for i in range(3)))
+    module = fx.GraphModule({"body": fx.GraphModule({}, body)}, graph)
+
+    assert saved_activations.take_operands_from_outside(module.graph) == 2
+    module.graph.lint()
+    result, first, second = module.graph.output_node().args[0]
+    assert (result.args, first) == ((call, 0), given[0])
+    assert (second.target, second.args) == (aten.t.default, (given[1],))
+
+
+@pytest.mark.parametrize("backend", ["eager", lambda module, inputs: module.forward])
+def test_a_backend_that_takes_no_calls(outlined, caplog, backend: object) -> None:
+    with caplog.at_level(logging.INFO, logger="attnres_rewrite"):
+        step(rewritten(lambda: Tower(2), embeddings(), "once", 2, backend), embeddings())
+    assert outlined == []
+    assert "is not known to take calls of graphs" in caplog.text
+
+
+def test_inductor_takes_no_calls_with_a_cpp_wrapper() -> None:
+    assert AttnResBackend()._why_inline(None) is None
+    assert "cpp_wrapper" in str(AttnResBackend()._why_inline({"cpp_wrapper": True}))
+
+
+def test_the_postcondition_counts_calls() -> None:
+    module, _ = built(torch.tanh)
+    with pytest.raises(PostconditionError, match=r"bodies have \[\] calls in the graph instead of \[2\]"):
+        OutlineLayers().ensures(module, Outlined((2,), (), {}), [])
+
+
+def test_values_of_the_field() -> None:
+    with pytest.raises(ValueError, match="compile_layers must be one of"):
+        ar.AttnResConfig(compile_layers="twice")
+
+
+def test_dynamic_length(outlined) -> None:
+    """One graph for every length, with bodies that take the length too."""
+    make = lambda: Tower(2)  # noqa: E731
+    expected = {length: step(rewritten(make, embeddings(), "inline", 2), embeddings(2, length)) for length in (5, 7)}
+    torch._dynamo.reset()
+    model = rewritten(make, embeddings(), "once", 2)
+    for length, (output, gradients) in expected.items():
+        model.zero_grad()
+        inputs = embeddings(2, length)
+        torch._dynamo.mark_dynamic(inputs, 1)
+        own, found = step(model, inputs)
+        assert relative_error(own, output) < TOLERANCE
+        assert max(relative_error(found[name], gradients[name]) for name in gradients) < TOLERANCE
+    assert [found.calls for found in outlined] == [(4,)]
+
+
+@pytest.mark.slow
+def test_dynamic_length_of_a_model(outlined) -> None:
+    model, inline = (rewritten(lambda: llama(3), token_ids(), how, 2) for how in ("once", "inline"))
+    for length in (5, 9, 17):
+        own, expected = (step(each, token_ids(2, length))[0] for each in (model, inline))
+        assert relative_error(own, expected) < TOLERANCE
+    assert all(found.calls == (3, 3) for found in outlined)
+
+
+def half_precision() -> torch.autocast:
+    return torch.autocast("cpu", torch.float16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "calls"), [(torch.no_grad, (3, 4)), (half_precision, (4,))])
+def test_modes_around_layers(outlined, mode: Callable[[], Any], calls: tuple[int, ...]) -> None:
+    """The lower layers run without gradients, and of the first read alone some are wanted; or in a dtype that autocast
+    has not by default, and so stay inline."""
+
+    class Within(Tower):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            with mode():
+                for layer in self.layers[:2]:
+                    x = layer(x)
+            for layer in self.layers[2:]:
+                x = layer(x)
+            return self.head(self.norm(x))
+
+    assert_as_inline(lambda: Within(4), embeddings(), 2)
+    assert outlined[-1].calls == calls
+
+
+@pytest.mark.slow
+def test_autocast() -> None:
+    found = []
+    for how in ("inline", "once"):
+        model = rewritten(lambda: llama(3), token_ids(), how, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(step(model, token_ids()))
+        torch._dynamo.reset()
+    (expected, gradients), (output, own) = found
+    assert torch.equal(output, expected)
+    assert max(relative_error(own[name], gradients[name]) for name in gradients) < 2**-8
+
+
+@pytest.mark.slow
+def test_distributed_data_parallel() -> None:
+    """One rank; the gradients go through its buckets."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with torch._dynamo.config.patch(optimize_ddp=False):
+            assert_as_inline(lambda: Tower(3), embeddings(), 2, nn.parallel.DistributedDataParallel)
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_generate_with_a_cache(outlined) -> None:
+    tokens = []
+    for how in ("inline", "once"):
+        model = rewritten(lambda: llama(3), token_ids(), how, 2).eval()
+        tokens.append(model.generate(token_ids(2, 5).clamp_min(1), max_new_tokens=6, do_sample=False))
+        torch._dynamo.reset()
+    assert torch.equal(*tokens)
+    # The cache of every layer has a length of its own, so that attention over it is not alike.
+    assert [found.calls for found in outlined[:1]] == [(3, 3)]
+    assert {found.calls for found in outlined[1:]} == {(3,)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False])
+def test_inductor_compiles_a_body_once(outlined, monkeypatch, training: bool) -> None:
+    """Of four layers two bodies are compiled, and their backwards; the numbers are those of the inline form."""
+    called: set[str] = set()
+    real = saved_activations.take_operands_from_outside
+
+    def counted(graph: fx.Graph) -> int:
+        called.update(str(node.args[1]) for node in graph.find_nodes(op="call_function", target=INVOKE))
+        return real(graph)
+
+    monkeypatch.setattr(saved_activations, "take_operands_from_outside", counted)
+    found = []
+    for how in ("inline", "once"):
+        model = rewritten(lambda: llama(4), token_ids(), how, 3, "inductor").train(training)
+        with torch.set_grad_enabled(training), fresh_inductor_cache():
+            found.append(step(model, token_ids()) if training else (logits(model(token_ids())), {}))
+        torch._dynamo.reset()
+    (expected, gradients), (output, own) = found
+    assert relative_error(output, expected) < TOLERANCE
+    assert max((relative_error(own[name], gradients[name]) for name in gradients), default=0.0) < TOLERANCE
+    assert outlined[-1].calls == (4, 4)
+    assert len(called) == (4 if training else 2)
