@@ -119,6 +119,8 @@ def load_plain_optimizer_state(
             numbers[old] = new
     if next(saved_groups, None) is not None:
         raise CheckpointError("the plain optimizer has more parameter groups than this one: make both by the same code")
+    if lost := state_dict["state"].keys() - numbers.keys():
+        raise CheckpointError(f"the plain optimizer has state of parameters in none of its groups: {sorted(lost)}")
     merged["state"] = {numbers[old]: value for old, value in state_dict["state"].items()}
     optimizer.load_state_dict(merged)
 

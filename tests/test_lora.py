@@ -156,6 +156,13 @@ def test_an_adapter_carries_the_sites_that_it_trains(tmp_path, caplog) -> None:
     assert [queries[0].tolist(), gains[0].tolist()] == [found[name].tolist() for name in list(found)[:2]]
 
 
+def test_the_sites_may_be_named_by_their_path(tmp_path, caplog) -> None:
+    model = with_adapters(rewritten(prepared(llama(LAYERS))), modules_to_save=["model.attn_res"])
+    assert all(parameter.requires_grad for _, parameter in ar.attnres_parameters(model))
+    model.save_pretrained(tmp_path)
+    assert not [r for r in caplog.records if r.name == "attnres_rewrite.huggingface.adapters"]
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_an_adapter_without_the_sites_that_were_trained_says_so(tmp_path, caplog, trained) -> None:
     model = ORDERS["after the rewrite"](prepared(llama(LAYERS)))

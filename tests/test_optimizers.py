@@ -138,4 +138,7 @@ def test_state_that_does_not_fit_is_refused_and_nothing_loaded() -> None:
     more = torch.optim.AdamW([{"params": matrices}, {"params": vectors}, {"params": [nn.Parameter(torch.ones(1))]}])
     with pytest.raises(ar.CheckpointError, match="more parameter groups"):
         ar.load_plain_optimizer_state(optimizer, more.state_dict(), model)
+    same = torch.optim.AdamW([{"params": matrices}, {"params": vectors}]).state_dict()
+    with pytest.raises(ar.CheckpointError, match=r"in none of its groups: \[99\]"):
+        ar.load_plain_optimizer_state(optimizer, {**same, "state": {99: {}}}, model)
     assert optimizer.state_dict()["state"] == {}

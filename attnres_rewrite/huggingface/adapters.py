@@ -29,7 +29,7 @@ def _saving(method: Any) -> Any:
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         sites = [live.sites for _, live in live_forwards(self)]
         trained = any(p.requires_grad for one in sites for p in one.parameters())
-        if trained and not any("attn_res" in (c.modules_to_save or ()) for c in _configs(self)):
+        if trained and not any(_is_saved(config) for config in _configs(self)):
             _logger.warning(
                 "the pseudo-queries and key gains of this model are trained, and the adapter that is saved does not "
                 'hold them: make it with modules_to_save=["attn_res"], or save them with '
@@ -53,6 +53,11 @@ def _loading(method: Any) -> Any:
         return result
 
     return load_adapter
+
+
+def _is_saved(config: Any) -> bool:
+    # peft takes the ends of names.
+    return any(name.rpartition(".")[2] == "attn_res" for name in config.modules_to_save or ())
 
 
 def _configs(model: Any) -> list[Any]:
