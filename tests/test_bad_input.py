@@ -282,6 +282,7 @@ def test_graph_break_between_layers(where, training) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", ["the root", "a module"])
 @pytest.mark.parametrize("where", ["before the layers", "after the layers"])
 def test_graph_break_beside_the_layers_but_in_the_same_forward(where, inside) -> None:

@@ -29,6 +29,7 @@ def expected(device: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return logits.detach(), {name: p.grad for name, p in ar.attnres_parameters(model) if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize(
     "dtype", mostly_slow([torch.float32, torch.bfloat16], torch.bfloat16), ids=["float32", "bfloat16"]

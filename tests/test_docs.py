@@ -21,7 +21,7 @@ DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", flags=re.DOTALL | re.MULTILINE)
 PAGES = sorted(path.name for path in DOCS.glob("*.md") if "```python\n" in path.read_text())
 # The others take more than a few seconds.
-QUICK = set(PAGES) - {"onnx.md", "quickstart.md", "quantization.md", "training.md"}
+QUICK = set(PAGES) - {"conversion.md", "onnx.md", "quickstart.md", "quantization.md", "training.md"}
 CELL = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
 
 

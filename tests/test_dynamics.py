@@ -278,6 +278,7 @@ class BreaksBehind(nn.Module):
         return logits.square().mean()
 
 
+@pytest.mark.slow
 def test_a_break_behind_the_layers_is_none_of_its_business() -> None:
     tower = prepared(Tower(2))
     expected = ar.training_dynamics(tower, embeddings(), loss=mean_square)
@@ -306,6 +307,7 @@ def test_a_plain_model_may_have_the_configuration_of_its_rewrite() -> None:
     assert len(dynamics.sublayers) == 4
 
 
+@pytest.mark.slow
 def test_what_is_refused() -> None:
     x = embeddings()
     with pytest.raises(ar.ExampleInputsError, match=r"the model returns a tensor \[2, 9, 61\], and no loss: give"):

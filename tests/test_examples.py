@@ -119,6 +119,7 @@ def test_onnx_generate(kind):
     assert text.endswith("the same tokens\n")
 
 
+@pytest.mark.slow
 def test_graph_module():
     text = run("graph_module.py")
     assert "6 layers, 12 branch outputs, 12 sites" in text

@@ -116,6 +116,7 @@ def test_static_cache_that_generate_compiles_itself(llamas) -> None:
     assert "get_compiled_call" not in plain.__dict__
 
 
+@pytest.mark.slow
 def test_other_prompts_follow_on_what_was_compiled(llamas) -> None:
     model, recomputing = llamas
     for batch, length in ((3, 7), (2, 9)):

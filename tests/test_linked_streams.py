@@ -116,6 +116,7 @@ def test_checkpointed_layers(name: str, schedule: str) -> None:
     assert max(relative_error(found[n].grad, gradient) for n, gradient in gradients.items()) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", mostly_slow(["the embedding mixed in", "U-net skips", "a middle value taken off"], "U-net skips")
 )

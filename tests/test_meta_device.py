@@ -90,6 +90,7 @@ def test_large_models_need_no_memory_for_their_weights(size) -> None:
     assert found["bytes"] < 4 * GIB
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_model_rewritten_on_meta_gets_its_weights_later() -> None:
     """The usual order for a model that many machines share: rewrite, allocate, load."""

@@ -186,6 +186,7 @@ def test_a_model_in_training_is_exported_for_evaluation(tmp_path: Path) -> None:
         torch.testing.assert_close(run(result.path, x=x), model.eval()(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregation", mostly_slow(["mean", "sum"], "sum"))
 def test_aggregation_scale_and_missing_gain(tmp_path: Path, aggregation: str) -> None:
     config = ar.AttnResConfig(blocks=2, aggregation=aggregation, scale=0.5, key_gain=False)  # type: ignore[arg-type]

@@ -346,6 +346,7 @@ class Reader(Tower):
         return Wrapped(sample=logits, nothing=None, twice=logits * 2)
 
 
+@pytest.mark.slow
 def test_an_output_class_without_key_paths(tmp_path: Path) -> None:
     model = randomise_sites(ar.rewrite(Reader(2).eval(), 2, example_inputs=embeddings(), backend="eager"))
     assert ar.export_onnx(model, tmp_path / "model.onnx", embeddings()).outputs == ("sample", "twice")

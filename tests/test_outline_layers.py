@@ -173,6 +173,7 @@ def test_tied_weights(outlined) -> None:
     assert outlined[-1].calls == (8,)
 
 
+@pytest.mark.slow
 def test_structure_decides_what_is_shared(outlined) -> None:
     class Hybrid(Tower):
         def __init__(self) -> None:
@@ -340,6 +341,7 @@ def test_values_of_the_field() -> None:
         ar.AttnResConfig(compile_layers="twice")
 
 
+@pytest.mark.slow
 def test_dynamic_length(outlined) -> None:
     """One graph for every length, with bodies that take the length too."""
     make = lambda: Tower(2)  # noqa: E731

@@ -322,6 +322,7 @@ def test_undo_by_what_is_around_the_root_or_within_it(part: str) -> None:
 WRAPPERS = [wrapped_as_accelerate_does, with_a_hook_of_accelerate]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", mostly_slow(WRAPPERS, *WRAPPERS[:1]))
 def test_a_wrapped_owner_is_still_a_rewritten_model(model, wrap) -> None:
     reference = copy.deepcopy(model)

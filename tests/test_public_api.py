@@ -186,6 +186,7 @@ def settings():
 """
 
 
+@pytest.mark.slow
 def test_importing_the_package_is_lazy_and_sets_nothing() -> None:
     """Neither Dynamo nor Inductor, which take seconds, and no setting of either."""
     code = "import sys, attnres_rewrite; print([m for m in ('torch._dynamo', 'torch._inductor') if m in sys.modules])"
@@ -202,6 +203,7 @@ def test_importing_the_package_is_lazy_and_sets_nothing() -> None:
     assert run_python(code).stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_inductor_expands_the_operators_whoever_imports_it() -> None:
     code = """
 import attnres_rewrite, torch

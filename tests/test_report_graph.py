@@ -111,6 +111,7 @@ def test_marks_stand_on_the_lane_of_their_source(tmp_path) -> None:
         assert all(float(c.get("cy")) > float(lane.get("y1")) for c, lane in zip(circles, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_sites_of_a_report_are_those_of_the_rewritten_model() -> None:
     model = llama()
     (stream,) = ar.explain(model, [1, 3]).streams

@@ -164,6 +164,7 @@ def test_the_folder_says_how_to_load_it(tmp_path) -> None:
         AutoModelForCausalLM.from_config(config)
 
 
+@pytest.mark.slow
 def test_a_push_to_the_hub_says_how_to_load_it(tmp_path, monkeypatch) -> None:
     """Which writes a card of its own. Nothing goes out: what would be uploaded is kept, and loaded."""
     hub = pytest.importorskip("huggingface_hub")

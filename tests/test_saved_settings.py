@@ -152,5 +152,5 @@ def test_every_field_that_numbers_depend_on_is_compared() -> None:
     names = {field.name for field in dataclasses.fields(ar.AttnResConfig)}
     assert names == {"blocks", "aggregation", "eps", "scale", "key_gain"} | {
         # How the layers are grouped is compared as blocks; how sites are evaluated makes no difference.
-        *("layers_per_block", "sublayers_per_block", "schedule", "streams", "leftovers"),
+        *("layers_per_block", "sublayers_per_block", "schedule", "compile_layers", "streams", "leftovers"),
     }

@@ -110,6 +110,7 @@ def test_saved_state_restores_the_model() -> None:
     assert torch.equal(logits(twin(token_ids())), logits(model(token_ids())))
 
 
+@pytest.mark.slow
 def test_pickle_keeps_everything() -> None:
     model = randomise_sites(rewrite(prepared(llama(3))))
     expected = logits(model(token_ids()))
@@ -154,6 +155,7 @@ def test_rewrite_after_undo_starts_afresh() -> None:
     assert relative_error(logits(model(token_ids())), plain) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_forward_of_the_instance_is_kept_and_given_back() -> None:
     """As libraries leave there that wrap the forward of a module (accelerate's hooks do)."""
     model = prepared(llama(3))

@@ -414,6 +414,7 @@ class TwoStreams(nn.Module):
         return self.first.norm(x), self.second.norm(y)
 
 
+@pytest.mark.slow
 def test_auto_decides_for_every_stream_by_itself() -> None:
     inputs, backend = (embeddings(1, 99), embeddings(1, 8)), Looking("inductor")
     model = ar.rewrite(TwoStreams(), blocks=2, example_inputs=inputs)

@@ -74,6 +74,7 @@ def test_rewritten_equals_original(name: str, aggregation: str) -> None:
         assert relative_error(logits(rewritten(inputs)), logits(original(inputs))) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", mostly_slow([1, "full"], "full"))
 def test_any_partition_equals_the_original_through_aot_autograd(blocks: int | str) -> None:
     architecture = ARCHITECTURES["llama"]
