@@ -423,9 +423,9 @@ def test_generate_with_a_cache(outlined) -> None:
         tokens.append(model.generate(token_ids(2, 5).clamp_min(1), max_new_tokens=6, do_sample=False))
         torch._dynamo.reset()
     assert torch.equal(*tokens)
-    # The cache of every layer has a length of its own, so that attention over it is not alike.
-    assert [found.calls for found in outlined[:1]] == [(3, 3)]
-    assert {found.calls for found in outlined[1:]} == {(3,)}
+    assert outlined[0].calls == (3, 3)
+    # Once lengths are dynamic, the cache of every layer has one of its own, so that attention over it is not alike.
+    assert outlined[-1].calls == (3,)
 
 
 @pytest.mark.slow
