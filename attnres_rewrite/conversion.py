@@ -78,8 +78,12 @@ def import_state_dict(
     Raises:
         CheckpointError: A key is missing, of another shape, or looks like one of a read and is none; or the
             configuration is not that of the weights.
+        TypeError: ``config`` is no mapping.
     """
     names = _names(convention)
+    if not isinstance(config, Mapping):
+        kind = type(config).__name__
+        raise TypeError(f"config is a mapping, such as that of config.json or config.to_dict(), not {kind}")
     read = "|".join((names.attention, names.mlp))
     owner = _owner(
         state_dict, rf"(.*\.)?layers\.\d+\.(?:{read})_(?:proj|norm)\.weight", f"reads named as by {convention}"

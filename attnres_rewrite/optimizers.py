@@ -36,6 +36,7 @@ def parameter_groups(
 
     Raises:
         AttnResError: ``model`` has no sites, or all of them are frozen.
+        TypeError: ``model`` is no module.
     """
     sites = _sites(model)
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in sites]
@@ -64,6 +65,7 @@ def muon_groups(
 
     Raises:
         AttnResError: ``model`` was not rewritten in place, or its sites are frozen.
+        TypeError: ``model`` is no module.
     """
     require_live(model, "muon_groups")
     layers = [module for module in model.modules() if _compat.pre_hooks(module, LayerGuard)]
@@ -98,6 +100,7 @@ def load_plain_optimizer_state(
 
     Raises:
         AttnResError: ``model`` has no sites.
+        TypeError: ``model`` is no module.
         CheckpointError: The groups are others, or a state has another shape than its parameter. Nothing is loaded.
     """
     sites = _sites(model, frozen_too=True)
@@ -150,6 +153,8 @@ def _require_same_shape(state: Mapping[str, Any], parameter: Tensor, name: str) 
 
 def _sites(model: nn.Module, *, frozen_too: bool = False) -> dict[int, Tensor]:
     """The queries and gains of ``model`` by their identity."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"parameters for an optimizer are those of a rewritten nn.Module, not {type(model).__name__}")
     found = [parameter for _, parameter in attnres_parameters(model)]
     if not found:
         raise AttnResError(

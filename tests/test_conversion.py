@@ -380,6 +380,11 @@ def test_weights_of_ours_that_are_not_whole(edit: Callable[[State], object], mes
         ar.export_state_dict(state, "fla")
 
 
+def test_a_configuration_that_is_no_mapping() -> None:
+    with pytest.raises(TypeError, match=r"such as that of config\.json or config\.to_dict\(\), not object"):
+        ar.import_state_dict({}, "fla", object())
+
+
 @pytest.mark.slow
 def test_the_example_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[1] / "docs" / "conversion.md").read_text()

@@ -307,6 +307,11 @@ def test_a_plain_model_may_have_the_configuration_of_its_rewrite() -> None:
     assert len(dynamics.sublayers) == 4
 
 
+def test_what_is_no_model() -> None:
+    with pytest.raises(TypeError, match=r"takes an nn\.Module, plain or rewritten, not int"):
+        ar.training_dynamics(5)
+
+
 @pytest.mark.slow
 def test_what_is_refused() -> None:
     x = embeddings()

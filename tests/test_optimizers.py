@@ -55,6 +55,12 @@ def test_a_plain_model_has_no_sites_to_group() -> None:
             function(prepared(llama(LAYERS)))
 
 
+def test_what_is_no_model() -> None:
+    for call in (ar.parameter_groups, ar.muon_groups, lambda one: ar.load_plain_optimizer_state(one, {}, one)):
+        with pytest.raises(TypeError, match=r"rewritten nn\.Module, not int"):
+            call(5)
+
+
 def test_muon_gets_the_matrices_of_the_layers() -> None:
     model = rewritten_llama()
     muon, others = ar.muon_groups(model, weight_decay=0.1)

@@ -136,7 +136,10 @@ def training_dynamics(
         NoResidualStreamError: The model has no residual stream.
         UnsupportedResidualError: The residuals of a plain model are of a kind that cannot be rewritten.
         GraphBreakError: A graph break lies between the layers.
+        TypeError: ``model`` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"training_dynamics takes an nn.Module, plain or rewritten, not {type(model).__name__}")
     call = example_call(model, example_inputs)
     # Closed, because Dynamo holds on to the backend, and so to what is recorded.
     with (
