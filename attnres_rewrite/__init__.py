@@ -10,12 +10,14 @@ from attnres_rewrite.checkpoints import from_pretrained, save_pretrained
 from attnres_rewrite.compile_ahead import warm_up
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.conversion import export_state_dict, import_state_dict
+from attnres_rewrite.distributed import tell_torch
 from attnres_rewrite.errors import (
     AttnResError,
     BlockPartitionError,
     CheckpointError,
     ExampleInputsError,
     GraphBreakError,
+    MeshError,
     MissingPackageError,
     NoResidualStreamError,
     NotRewrittenError,
@@ -43,6 +45,7 @@ __all__ = [
     "DepthAttention",
     "ExampleInputsError",
     "GraphBreakError",
+    "MeshError",
     "MissingPackageError",
     "NoResidualStreamError",
     "NotRewrittenError",
@@ -75,4 +78,5 @@ __all__ = [
 
 _compat.register_backend("attnres", attnres_backend)
 tell_libraries()
+tell_torch()
 del ops, torch

@@ -762,3 +762,84 @@ def split_by_pipelining() -> tuple[torch.nn.Module, Mapping[str, Any]] | None:
             return (frame.f_locals["module"], frame.f_locals["split_spec"]) if frame.f_locals["split_spec"] else None
         frame = frame.f_back
     return None
+
+
+def watch_checkpoint_plans(module: Any, check: Callable[..., object], kind: type[Exception]) -> None:
+    """Let ``check`` look at every load of a distributed checkpoint when it is planned, before anything is read.
+
+    Args:
+        module: ``torch.distributed.checkpoint.state_dict_loader``.
+        check: Takes what is to be loaded, flat, what the checkpoint has, and what reads one tensor of it by its name.
+            Called by every process on its own; what one of them raises ends the load in all.
+        kind: What ``check`` raises. It is raised as it is, in place of PyTorch's collection of all errors.
+    """
+    load = module._load_state_dict
+    signature = inspect.signature(load)
+
+    @functools.wraps(load)
+    def watched(*args: Any, **kwargs: Any) -> None:
+        from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+        call = signature.bind(*args, **kwargs)
+        reader = call.arguments["storage_reader"]
+        planner: Any = call.arguments.get("planner") or DefaultLoadPlanner()
+        call.arguments["planner"] = planner
+        set_up = planner.set_up_planner
+
+        def set_up_checked(state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
+            saved = metadata.state_dict_metadata if metadata is not None else {}
+
+            def read(name: str) -> torch.Tensor:
+                found = {name: torch.empty(saved[name].size, dtype=saved[name].properties.dtype, device="cpu")}
+                load(found, reader, no_dist=True)
+                return found[name]
+
+            check(flatten_state_dict(state_dict)[0], saved, read)
+            set_up(state_dict, metadata, is_coordinator)
+
+        planner.set_up_planner = set_up_checked
+        try:
+            load(*call.args, **call.kwargs)
+        except CheckpointException as error:
+            for failure, _ in error.failures.values():
+                if isinstance(failure, kind):
+                    raise failure from error
+            raise
+        finally:
+            del planner.set_up_planner
+
+    module._load_state_dict = watched
+
+
+def watch_state_dict_setters(module: Any, check: Callable[[torch.nn.Module, Mapping[str, Any]], object]) -> None:
+    """Let ``check`` look at every ``state_dict`` that is set through ``module`` before anything of it is copied.
+
+    Args:
+        module: ``torch.distributed.checkpoint.state_dict``.
+        check: Takes the model and the ``state_dict``. What it raises where the weights are is raised in every process.
+    """
+    setter = module._load_model_state_dict
+
+    @functools.wraps(setter)
+    def watched(model: torch.nn.Module, state_dict: dict[str, Any], info: Any) -> Any:
+        error: list[Any] = [None]
+        try:
+            check(model, state_dict)
+        except Exception as found:
+            error = [found]
+        if info.handle_model and info.broadcast_from_rank0:
+            torch.distributed.broadcast_object_list(error, src=0)
+        if error[0] is not None:
+            raise error[0]
+        return setter(model, state_dict, info)
+
+    module._load_model_state_dict = watched
+
+
+def unwrapped_names(model: torch.nn.Module, key: str) -> set[str]:
+    """The names of what ``model`` has under ``key``, without those of wrappers, as checkpoints have them."""
+    state_dict: Any = sys.modules["torch.distributed.checkpoint.state_dict"]
+    names: set[str] = state_dict._get_fqns(model, key)
+    return names

@@ -38,6 +38,10 @@ class CheckpointError(AttnResError):
     """Weights do not belong to the model that they are loaded into: their Attention Residuals are others, or none."""
 
 
+class MeshError(AttnResError, ValueError):
+    """A mesh of processes does not fit the model, or has a dimension that is not known."""
+
+
 class OnnxExportError(AttnResError):
     """The model could not be exported, or ONNX Runtime computes something else than PyTorch."""
 

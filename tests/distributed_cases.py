@@ -17,7 +17,7 @@ import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -255,12 +255,12 @@ def gathered(before: bool) -> dict[str, Any]:
 # Tensor and sequence parallel
 
 
-def tensor_parallel(model: nn.Module) -> nn.Module:
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
     plan: dict[str, Any] = {"body.embed": RowwiseParallel(input_layouts=Replicate())}
     for name, module in model.named_modules():
         if isinstance(module, Feed):
             plan |= {f"{name}.up": ColwiseParallel(), f"{name}.down": RowwiseParallel()}
-    return parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    return parallelize_module(model, mesh or init_device_mesh("cpu", (2,)), plan)
 
 
 def sequence_parallel(model: nn.Module, last: Any = None) -> nn.Module:

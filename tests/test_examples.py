@@ -163,4 +163,6 @@ def test_every_link_in_the_readme_leads_somewhere():
 
 def test_every_example_is_tested():
     tested = set(re.findall(r'run(?:_on_two)?\("(\w+\.py)"', Path(__file__).read_text()))
+    # test_distributed_checkpoints.py
+    tested.add("train_elastic.py")
     assert tested == {path.name for path in EXAMPLES.glob("*.py")}

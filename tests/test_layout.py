@@ -14,7 +14,7 @@ LAYERS = (
     ("cli", "demo", "bench", "named_models", "model_names"),
     ("__init__",),
     ("api", "checkpoints", "compile_ahead", "conversion", "optimizers"),
-    ("onnx", "inspection", "huggingface", "lightning"),
+    ("onnx", "inspection", "huggingface", "distributed", "lightning"),
     ("forms",),
     ("capture",),
     ("report",),

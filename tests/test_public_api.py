@@ -52,6 +52,7 @@ ERRORS = {
     "CheckpointError": ar.AttnResError,
     "ExampleInputsError": ValueError,
     "GraphBreakError": ar.AttnResError,
+    "MeshError": ValueError,
     "MissingPackageError": ImportError,
     "NoResidualStreamError": ar.AttnResError,
     "NotRewrittenError": ar.AttnResError,

@@ -42,6 +42,7 @@ GROUPS = {
         "BlockPartitionError",
         "ExampleInputsError",
         "CheckpointError",
+        "MeshError",
         "OnnxExportError",
         "MissingPackageError",
     ],
