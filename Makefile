@@ -62,7 +62,7 @@ test-slow: $(STAMP)
 
 test-consumers: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[consumers]'
-	$(BIN)/python -m pytest tests/test_onnx_consumers.py $(ARGS)
+	$(BIN)/python -m pytest tests/test_onnx_consumers.py tests/test_onnx_kernel.py $(ARGS)
 
 # 1.23 is what pyproject.toml asks for; it runs in the place of the installed one. 1.20 is not enough to export with the
 # default opset, and has an environment of its own to run a file of opset 21 in.
@@ -72,7 +72,7 @@ test-oldest-onnxruntime: $(STAMP)
 	$(BIN)/python -m venv $(VENV)/onnxruntime-1.20
 	$(VENV)/onnxruntime-1.20/bin/python -m pip install --quiet --disable-pip-version-check 'onnxruntime==1.20.*' numpy
 	PYTHONPATH=$(VENV)/onnxruntime-1.23 ATTNRES_OLDEST_ONNXRUNTIME=$(VENV)/onnxruntime-1.20/bin/python \
-		$(BIN)/python -m pytest tests/test_onnx.py tests/test_onnx_consumers.py -m 'not gpu' $(ARGS)
+		$(BIN)/python -m pytest tests/test_onnx.py tests/test_onnx_consumers.py tests/test_onnx_kernel.py -m 'not gpu' $(ARGS)
 
 zoo: $(STAMP)
 	$(BIN)/python -m pytest tests/zoo -n logical --maxprocesses 8 --dist worksteal -p no:logging -m 'not gpu' $(ARGS)

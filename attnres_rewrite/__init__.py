@@ -22,6 +22,7 @@ from attnres_rewrite.errors import (
     NoResidualStreamError,
     NotRewrittenError,
     OnnxExportError,
+    OnnxKernelError,
     UnsupportedResidualError,
 )
 from attnres_rewrite.forms.backend import AttnResBackend, attnres_backend
@@ -51,6 +52,7 @@ __all__ = [
     "NotRewrittenError",
     "OnnxExport",
     "OnnxExportError",
+    "OnnxKernelError",
     "Report",
     "TrainingDynamics",
     "UnsupportedResidualError",

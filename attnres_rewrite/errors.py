@@ -46,6 +46,10 @@ class OnnxExportError(AttnResError):
     """The model could not be exported, or ONNX Runtime computes something else than PyTorch."""
 
 
+class OnnxKernelError(AttnResError):
+    """The kernel for ONNX Runtime could not be built, or registered for a model."""
+
+
 class MissingPackageError(AttnResError, ImportError):
     """A package of an optional extra is not installed."""
 

@@ -467,13 +467,14 @@ def test_a_picture_of_the_blocks(run, tmp_path):
     assert path.read_text().startswith("<svg")
 
 
-COMMANDS = ("explain", "export", "plot", "bench", "demo")
+COMMANDS = ("explain", "export", "plot", "bench", "build-onnx-kernel", "demo")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_the_examples_of_the_help_are_understood(run, monkeypatch, command):
     ran = []
-    for name in ("explain_model", "export_model", "plot_model", "run_bench", "run_demo"):
+    names = ("explain_model", "export_model", "plot_model", "run_bench", "build_onnx_kernel", "run_demo")
+    for name in names:
         monkeypatch.setattr(cli, name, lambda *_, name=name, **__: ran.append(name) or "")
     found = examples_of(*filter(None, [command]))
     assert len(found) >= 2

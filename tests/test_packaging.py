@@ -54,6 +54,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist: Path) -> None:
     assert {name for name in files if not name.startswith(info)} == package
     assert "attnres_rewrite/py.typed" in files
     assert files[f"{info}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
+    # What the kernel for ONNX Runtime is built from, and the licence of the header among that.
+    kernel = "attnres_rewrite/onnx/kernel"
+    assert {f"{kernel}/block_attn_res.cc", f"{kernel}/rows.h", f"{kernel}/third_party/onnxruntime_c_api.h"} <= set(
+        files
+    )
+    assert b"Microsoft" in files[f"{info}/licenses/{kernel}/third_party/LICENSE.onnxruntime"]
     points = files[f"{info}/entry_points.txt"].decode()
     assert "attnres = attnres_rewrite.cli:main" in points
     assert "attnres = attnres_rewrite.forms.backend:attnres_backend" in points

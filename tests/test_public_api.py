@@ -57,6 +57,7 @@ ERRORS = {
     "NoResidualStreamError": ar.AttnResError,
     "NotRewrittenError": ar.AttnResError,
     "OnnxExportError": ar.AttnResError,
+    "OnnxKernelError": ar.AttnResError,
     "UnsupportedResidualError": ar.AttnResError,
 }
 
@@ -80,6 +81,14 @@ def test_every_public_name_is_documented_and_not_shadowed_by_a_module(name) -> N
     assert inspect.isfunction(value) or inspect.isclass(value)
     assert len(inspect.getdoc(value) or "") > 40
     assert not (ROOT / "attnres_rewrite" / f"{name}.py").exists()
+
+
+def test_names_of_the_onnx_module() -> None:
+    own = {"RegisteredKernel", "build_kernel", "register"}
+    assert set(ar.onnx.__all__) == own | {"OnnxExport", "export_onnx"}
+    assert all(len(inspect.getdoc(getattr(ar.onnx, name)) or "") > 40 for name in own)
+    assert list(inspect.signature(ar.onnx.register).parameters) == ["session_options", "model", "library"]
+    assert list(inspect.signature(ar.onnx.build_kernel).parameters) == ["out", "compiler"]
 
 
 @pytest.mark.parametrize("name", ERRORS)

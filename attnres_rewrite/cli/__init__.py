@@ -1,4 +1,4 @@
-"""The command line: ``attnres demo``, ``explain``, ``export``, ``plot`` and ``bench``."""
+"""The command line: ``attnres demo``, ``explain``, ``export``, ``plot``, ``bench`` and ``build-onnx-kernel``."""
 
 # No postponed annotations here: typer reads them, and they name things that are imported in functions.
 import contextlib
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from attnres_rewrite.cli.commands import explain_model, export_model, plot_model, run_bench, run_demo
+from attnres_rewrite.cli.onnx_kernel import build_onnx_kernel
 from attnres_rewrite.named_models import CommandError, require
 
 if TYPE_CHECKING:
@@ -281,6 +282,34 @@ def make_app() -> "typer.Typer":
                 decode=decode,
                 cached=cached,
             )
+
+    @app.command(
+        "build-onnx-kernel",
+        epilog=examples(
+            "build-onnx-kernel",
+            "build-onnx-kernel --out attnres_kernel.so --json",
+            then="Next, in Python: attnres_rewrite.onnx.register(session_options, 'model.onnx').",
+        ),
+    )
+    def build_kernel(
+        out: Annotated[
+            Path | None,
+            typer.Option(
+                "--out", "-o", help="The library to write; else one in the user's folder of caches.", show_default=False
+            ),
+        ] = None,
+        compiler: Annotated[
+            str | None, typer.Option(help="The C++ compiler.", show_default="$CXX, c++, g++ or clang++")
+        ] = None,
+        as_json: AsJson = False,
+    ) -> None:
+        """Compile the kernel that ONNX Runtime can run sites with, in place of the functions in a file.
+
+        It takes some seconds and GCC or Clang, on Linux or macOS. Sessions on the CPU take it by
+        attnres_rewrite.onnx.register, or by the name of the library.
+        """
+        with telling_errors(as_json):
+            print(build_onnx_kernel(out, compiler, as_json=as_json))
 
     return app
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import re
 from typing import Any
 
@@ -44,9 +45,13 @@ GROUPS = {
         "CheckpointError",
         "MeshError",
         "OnnxExportError",
+        "OnnxKernelError",
         "MissingPackageError",
     ],
 }
+
+# What is public in a module of the package, by the section that it is in too.
+IN_MODULES = {"Compile and export it": ["onnx.register", "onnx.RegisteredKernel", "onnx.build_kernel"]}
 
 # What a public name consists of, and is documented after it.
 PARTS = {"Report": StreamReport}
@@ -61,11 +66,12 @@ def ungrouped() -> list[str]:
 def sections() -> str:
     """The sections of the page, in Markdown."""
     groups = {**GROUPS, "Others": ungrouped()}
-    return "\n".join(f"## {title}\n\n{''.join(map(_entries, names))}" for title, names in groups.items() if names)
+    entries = {title: [*names, *IN_MODULES.get(title, [])] for title, names in groups.items() if names}
+    return "\n".join(f"## {title}\n\n{''.join(map(_entries, names))}" for title, names in entries.items())
 
 
 def _entries(name: str) -> str:
-    text = _entry(f"attnres_rewrite.{name}", getattr(attnres_rewrite, name))
+    text = _entry(f"attnres_rewrite.{name}", operator.attrgetter(name)(attnres_rewrite))
     part = PARTS.get(name)
     return text + (_entry(f"{part.__module__}.{part.__qualname__}", part) if part else "")
 
