@@ -34,8 +34,7 @@ def run(path: Path | bytes, **inputs: Tensor) -> Tensor:
 
 
 def site_nodes(model: Any) -> list[Any]:
-    sites = ("BlockAttnRes", "MergePartial")
-    return [node for node in model.graph.node if node.domain.startswith("attnres.") and node.op_type in sites]
+    return [n for n in model.graph.node if n.domain.startswith("attnres.") and n.op_type == "BlockAttnRes"]
 
 
 def kinds(model: Any) -> Counter[str]:
@@ -81,8 +80,15 @@ def test_a_live_llama_with_random_queries_equals_pytorch_at_other_sizes(tmp_path
     inferred = onnx.shape_inference.infer_shapes(file, strict_mode=True, data_prop=True)
     assert [d.dim_value or d.dim_param for d in inferred.graph.output[0].type.tensor_type.shape.dim][-1] == 61
     assert [node.name for node in site_nodes(file)] == [f"model.attn_res.{i}" for i in range(10)]
-    forms = {"attnres.2_sources", "attnres.3_sources", "attnres.4_sources"}
-    assert {(f.domain, f.name, f.overload) for f in file.functions} == {(form, "BlockAttnRes", "") for form in forms}
+    forms = {
+        "attnres.10_queries": "ScaleQueries",
+        "attnres.3_reads_first": "AttendBlocks",
+        "attnres.4_reads_3_partials": "AttendBlocks",
+        "attnres.3_reads_2_partials_last": "AttendBlocks",
+        "attnres.partial": "BlockAttnRes",
+        "attnres.no_partial": "BlockAttnRes",
+    }
+    assert {(f.domain, f.name, f.overload) for f in file.functions} == {(form, forms[form], "") for form in forms}
     assert {entry.domain for entry in file.opset_import} == {"", *forms}
     assert all("arXiv:2603.15031" in f.doc_string for f in file.functions)
     # The norms of the model, and none of its parts, are left.
@@ -94,24 +100,35 @@ def test_a_live_llama_with_random_queries_equals_pytorch_at_other_sizes(tmp_path
     assert json.loads(properties["attnres.blocks"]) == {"model": 3}
     sources = json.loads(properties["attnres.sources_per_site"])
     assert sources == {"model": [2, 2, 2, 2, 3, 3, 3, 3, 4, 4]}
-    assert [len(node.input) - 2 for node in site_nodes(file)] == sources["model"]
+    assert [node.domain.removeprefix("attnres.") for node in site_nodes(file)] == [
+        *["partial"] * 3,
+        *["no_partial", *["partial"] * 3],
+        *["no_partial", *["partial"] * 2],
+    ]
     names = {initializer.name.removesuffix(".transposed") for initializer in file.graph.initializer}
     assert {name for name in before if "norm" not in name and "_extra_state" not in name} <= names
 
 
 @pytest.mark.slow
-def test_every_zero_query_stays_a_weight_of_its_own(tmp_path: Path, tower: nn.Module) -> None:
+@pytest.mark.parametrize("sites", ["shared", "whole"])
+def test_every_zero_query_stays_a_weight_of_its_own(tmp_path: Path, tower: nn.Module, sites: Any) -> None:
     with torch.no_grad():
         for name, parameter in ar.attnres_parameters(tower):
             parameter.fill_(0.0 if name.endswith("query") else 1.0)
-    result = ar.export_onnx(tower, tmp_path / "model.onnx", embeddings())
+    result = ar.export_onnx(tower, tmp_path / "model.onnx", embeddings(), sites=sites)
     file = onnx.load(result.path)
     weights = {initializer.name: initializer for initializer in file.graph.initializer}
-    for node, (name, _) in zip(
-        site_nodes(file), [p for p in ar.attnres_parameters(tower) if "query" in p[0]], strict=True
-    ):
-        assert list(node.input[-2:]) == [name, name.replace("query", "gain")]
-        assert not onnx.numpy_helper.to_array(weights[name]).any()
+    queries = [f"attn_res.{i}.query" for i in range(6)]
+    both = [(query, query.replace("query", "gain")) for query in queries]
+    if sites == "whole":
+        assert [tuple(node.input[-2:]) for node in site_nodes(file)] == both
+        assert [len(node.input) - 2 for node in site_nodes(file)] == [2, 2, 2, 2, 3, 3]
+    else:
+        (scaled,) = (node for node in file.graph.node if node.op_type == "ScaleQueries")
+        assert sorted(zip(scaled.input[:6], scaled.input[6:], strict=True)) == both
+        merging = [node for node in site_nodes(file) if len(node.input) > 1]
+        assert all(node.input[3] == f"{node.name}.column" for node in merging)
+    assert not any(onnx.numpy_helper.to_array(weights[query]).any() for query in queries)
     # A query that is set in the file works as the same query in PyTorch.
     query = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1))
     weights["attn_res.3.query"].CopyFrom(onnx.numpy_helper.from_array(query.numpy(), "attn_res.3.query"))
@@ -257,62 +274,56 @@ def two_phase(make: Callable[[], nn.Module], inputs: Any, **options: Any) -> nn.
 
 
 @pytest.mark.slow
-def test_two_phases_are_three_kinds_of_nodes_and_the_same_function(tmp_path: Path) -> None:
+def test_both_schedules_write_the_same_file(tmp_path: Path) -> None:
     tower = Tower(4)
     model = two_phase(lambda: copy.deepcopy(tower), embeddings())
-    one_phase = two_phase(lambda: tower, embeddings(), schedule="per_read")
-    one_phase.load_state_dict(model.state_dict())
+    per_read = two_phase(lambda: tower, embeddings(), schedule="per_read")
+    per_read.load_state_dict(model.state_dict())
     result = ar.export_onnx(model, tmp_path / "model.onnx", embeddings())
     assert (result.sites, result.max_difference < 1e-5) == (8, True)
-    before = ar.export_onnx(one_phase, tmp_path / "per_read.onnx", embeddings())
-    x = embeddings(3, 9, seed=1)
-    with torch.no_grad():
-        torch.testing.assert_close(run(result.path, x=x), model(x), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(run(result.path, x=x), run(before.path, x=x), rtol=1e-5, atol=1e-5)
-
-    file, other = onnx.load(result.path), onnx.load(before.path)
-    assert kinds(file) == {"AttendBlocks": 1, "MergePartial": 5, "BlockAttnRes": 3}
-    assert kinds(other) == {"BlockAttnRes": 8}
-    assert [node.name for node in site_nodes(file)] == [f"attn_res.{i}" for i in range(8)]
-    shared = [node for node in file.graph.node if node.op_type == "AttendBlocks"]
-    assert [(node.name, len(node.output)) for node in shared] == [("attn_res.3_to_7", 10)]
-    assert sorted((f.name, f.domain) for f in file.functions) == [
-        ("AttendBlocks", "attnres.2_blocks_5_reads"),
-        ("BlockAttnRes", "attnres.2_sources"),
-        ("MergePartial", "attnres.no_partial"),
-        ("MergePartial", "attnres.partial"),
-    ]
-    assert all("arXiv:2603.15031" in f.doc_string for f in file.functions)
-    properties, others = ({e.key: e.value for e in f.metadata_props} for f in (file, other))
-    assert json.loads(properties["attnres.sources_per_site"]) == {"": [2, 2, 2, 2, 3, 3, 3, 3]}
-    assert properties == others
+    files = [onnx.load(result.path), onnx.load(ar.export_onnx(per_read, tmp_path / "other.onnx", embeddings()).path)]
+    for file in files:
+        assert kinds(file) == {"ScaleQueries": 1, "AttendBlocks": 2, "BlockAttnRes": 8}
+        assert [node.name for node in site_nodes(file)] == [f"attn_res.{i}" for i in range(8)]
+        shared = [node for node in file.graph.node if node.op_type == "AttendBlocks"]
+        assert [node.name for node in shared] == ["attn_res.0_to_2.blocks", "attn_res.3_to_7.blocks"]
+        assert all("arXiv:2603.15031" in f.doc_string for f in file.functions)
+        properties = {e.key: e.value for e in file.metadata_props}
+        assert json.loads(properties["attnres.sources_per_site"]) == {"": [2, 2, 2, 2, 3, 3, 3, 3]}
+    signatures = [[(n.name, n.op_type, n.domain, len(n.input)) for n in file.graph.node if n.domain] for file in files]
+    assert signatures[0] == signatures[1]
 
 
 @pytest.mark.slow
-def test_both_phases_read_the_query_of_a_site(tmp_path: Path) -> None:
-    model = two_phase(lambda: Tower(4), embeddings())
-    with torch.no_grad():
-        for name, parameter in ar.attnres_parameters(model):
-            parameter.fill_(0.0 if name.endswith("query") else 1.0)
-    file = onnx.load(ar.export_onnx(model, tmp_path / "model.onnx", embeddings()).path)
-    readers: dict[str, list[str]] = {}
-    for node in file.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node.name)
-    for i in range(8):
-        for kind in ("query", "gain"):
-            assert readers[f"attn_res.{i}.{kind}"] == [*(["attn_res.3_to_7"] if i > 2 else []), f"attn_res.{i}"]
-    query = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1))
-    weights = {initializer.name: initializer for initializer in file.graph.initializer}
-    weights["attn_res.4.query"].CopyFrom(onnx.numpy_helper.from_array(query.numpy(), "attn_res.4.query"))
+@pytest.mark.parametrize("schedule", ["per_read", "two_phase"])
+def test_sites_by_themselves(tmp_path: Path, schedule: str) -> None:
+    model = two_phase(lambda: Tower(4), embeddings(), schedule=schedule, aggregation="sum")
+    result = ar.export_onnx(model, tmp_path / "model.onnx", embeddings(), sites="whole")
+    file = onnx.load(result.path)
+    assert kinds(file) == {"BlockAttnRes": 8}
+    assert [node.domain for node in site_nodes(file)] == [f"attnres.{n}_sources_sum" for n in [2] * 4 + [3] * 4]
     x = embeddings(3, 9, seed=1)
     with torch.no_grad():
-        unchanged = model(x)
-        model.attn_res[4].query.copy_(query)
-        expected = model(x)
-    actual = run(file.SerializeToString(), x=x)
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(actual, unchanged, rtol=1e-3)
+        torch.testing.assert_close(run(result.path, x=x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("blocks", "shared"),
+    [
+        (1, ["8_reads_first_last"]),
+        (4, ["1_reads_first", *["2_reads_1_partials"] * 2, "3_reads_2_partials_last"]),
+        ("full", ["1_reads_of_2_blocks_0_partials_first", *["1_reads_0_partials"] * 5, "2_reads_1_partials_last"]),
+    ],
+)
+def test_blocks_of_every_size(tmp_path: Path, blocks: Any, shared: list[str]) -> None:
+    model = two_phase(lambda: Tower(4), embeddings(), blocks=blocks)
+    result = ar.export_onnx(model, tmp_path / "model.onnx", embeddings())
+    nodes = [node for node in onnx.load(result.path).graph.node if node.op_type == "AttendBlocks"]
+    assert [node.domain.removeprefix("attnres.") for node in nodes] == shared
+    x = embeddings(3, 9, seed=1)
+    with torch.no_grad():
+        torch.testing.assert_close(run(result.path, x=x), model(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -349,8 +360,9 @@ def test_two_phases_in_other_precisions(tmp_path: Path, dtype: torch.dtype) -> N
     result = ar.export_onnx(model, tmp_path / "model.onnx", x)
     assert 0 < result.max_difference < {torch.float64: 1e-10, torch.float16: 1e-2, torch.bfloat16: 1e-1}[dtype]
     file = onnx.load(result.path)
-    # Log-sums are in the dtype of the arithmetic, whatever comes in.
-    names = {name for node in file.graph.node if node.op_type == "AttendBlocks" for name in list(node.output)[5:]}
+    # What is shared is in the dtype of the arithmetic, whatever comes in.
+    names = {name for node in file.graph.node if node.op_type == "AttendBlocks" for name in node.output}
+    assert len(names) > 10
     types = {value.type.tensor_type.elem_type for value in file.graph.value_info if value.name in names}
     assert types == {onnx.TensorProto.DOUBLE if dtype == torch.float64 else onnx.TensorProto.FLOAT}
 
@@ -383,7 +395,7 @@ def test_programs_and_graph_modules_in_two_phases(tmp_path: Path) -> None:
     module = ar.rewrite(torch.fx.symbolic_trace(Tower(4).eval()), config=config, example_inputs=embeddings())
     for model, reference in ((program, program.module()), (randomise_sites(module), module)):
         result = ar.export_onnx(model, tmp_path / "model.onnx", embeddings())
-        assert kinds(onnx.load(result.path)) == {"AttendBlocks": 1, "MergePartial": 5, "BlockAttnRes": 3}
+        assert kinds(onnx.load(result.path)) == {"ScaleQueries": 1, "AttendBlocks": 2, "BlockAttnRes": 8}
         x = embeddings(3, 9, seed=1)
         with torch.no_grad():
             torch.testing.assert_close(run(result.path, x=x), reference(x), rtol=1e-5, atol=1e-5)
@@ -394,7 +406,7 @@ def test_generation_in_two_phases(tmp_path: Path) -> None:
     model = two_phase(lambda: llama(5), {"input_ids": token_ids(2, 5)}, blocks=3)
     result = ar.export_onnx(model, tmp_path / "model.onnx", {"input_ids": token_ids(2, 5)}, use_cache=True)
     file = onnx.load(result.path)
-    assert kinds(file)["MergePartial"] == 7
+    assert kinds(file) == {"ScaleQueries": 1, "AttendBlocks": 3, "BlockAttnRes": 10}
     assert [node.name for node in site_nodes(file)] == [f"model.attn_res.{i}" for i in range(10)]
     ids = token_ids(2, 5)
     runtime, past = session(result.path), {n: torch.zeros(2, 2, 0, WIDTH // 4) for n in result.inputs if "past" in n}
@@ -563,6 +575,11 @@ def test_paths_that_cannot_be_written(tmp_path: Path, tower: nn.Module) -> None:
 def test_opsets_that_cannot_be_written(tmp_path: Path, tower: nn.Module, version: int) -> None:
     with pytest.raises(ar.OnnxExportError, match=rf"opset_version is {version}: torch.onnx writes 18 and newer"):
         ar.export_onnx(tower, tmp_path / "model.onnx", embeddings(), opset_version=version)
+
+
+def test_a_form_of_sites_that_there_is_not(tmp_path: Path, tower: nn.Module) -> None:
+    with pytest.raises(ar.OnnxExportError, match=r"sites is 'both', and there are two ways .* 'shared' and 'whole'"):
+        ar.export_onnx(tower, tmp_path / "model.onnx", embeddings(), sites="both")  # type: ignore[arg-type]
 
 
 def test_plain_models_are_errors_that_name_the_next_step(tmp_path: Path) -> None:

@@ -77,11 +77,15 @@ def test_no_two_functions_have_one_name_and_domain(tower: Exported) -> None:
     model = onnx.load(tower.path)
     sites = [node for node in model.graph.node if node.op_type == "BlockAttnRes"]
     assert [(node.domain, node.name) for node in sites] == [
-        (f"attnres.{sources}_sources", f"attn_res.{i}") for i, sources in enumerate([2, 2, 2, 2, 3, 3])
+        (f"attnres.{form}", f"attn_res.{i}")
+        for i, form in enumerate(["partial", "partial", "partial", "no_partial", "partial", "partial"])
     ]
     assert [(f.domain, f.name) for f in model.functions] == [
-        ("attnres.2_sources", "BlockAttnRes"),
-        ("attnres.3_sources", "BlockAttnRes"),
+        ("attnres.6_queries", "ScaleQueries"),
+        ("attnres.3_reads_first", "AttendBlocks"),
+        ("attnres.partial", "BlockAttnRes"),
+        ("attnres.3_reads_2_partials_last", "AttendBlocks"),
+        ("attnres.no_partial", "BlockAttnRes"),
     ]
     assert not any(thing.overload for thing in (*model.functions, *model.graph.node))
 

@@ -259,7 +259,7 @@ def tower(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor, Tenso
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     model = randomise_sites(ar.rewrite(Tower(3).eval(), blocks=2, example_inputs=embeddings(), backend="eager"))
     path = tmp_path_factory.mktemp("tower") / "model.onnx"
-    assert ar.export_onnx(model, path, embeddings(), dynamic_shapes=(dynamic,)).sites == 6
+    assert ar.export_onnx(model, path, embeddings(), dynamic_shapes=(dynamic,), sites="whole").sites == 6
     x = embeddings(3, 9, seed=1)
     with torch.no_grad():
         return path, x, model(x)
@@ -321,21 +321,22 @@ def test_a_file_that_a_tool_made_float16(tower: Any, library: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_two_phases_run_as_functions_and_that_is_told(library: Path, tmp_path: Path, caplog: Any) -> None:
+def test_what_stays_a_function_is_told(library: Path, tower: Any, tmp_path: Path, caplog: Any) -> None:
+    """A file in which one site has a gate, and one whose sites share their blocks."""
+    path, *_ = tower
+    model = onnx.load(path)
+    model.opset_import.add(domain="attnres.3_sources_gate", version=1)
+    registered = register(onnxruntime.SessionOptions(), model.SerializeToString(), library=library)
+    assert registered.domains == ("attnres.2_sources", "attnres.3_sources")
+    assert registered.functions == ("attnres.3_sources_gate",)
+    assert "What is in attnres.3_sources_gate runs as functions, not as kernels" in caplog.text
     config = ar.AttnResConfig(blocks=2, schedule="two_phase")
-    model = randomise_sites(ar.rewrite(Tower(3).eval(), config=config, example_inputs=embeddings(), backend="eager"))
-    path = ar.export_onnx(model, tmp_path / "model.onnx", embeddings()).path
-    options = onnxruntime.SessionOptions()
-    registered = register(options, path, library=library)
-    assert registered.domains == ("attnres.2_sources",)
-    phases = {node.domain for node in onnx.load(path).graph.node if node.domain} - {"attnres.2_sources"}
-    assert set(registered.functions) == phases != set()
-    assert f"What is in {', '.join(sorted(phases))} runs as functions, not as kernels" in caplog.text
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    x = embeddings(2, seed=1)
-    found = session.run(None, {"x": x.numpy()})[0]
-    with torch.no_grad():
-        torch.testing.assert_close(torch.as_tensor(found), model(x), rtol=1e-5, atol=1e-5)
+    shared = ar.rewrite(Tower(3).eval(), config=config, example_inputs=embeddings(), backend="eager")
+    shared_path = ar.export_onnx(shared, tmp_path / "model.onnx", embeddings()).path
+    with pytest.raises(ar.OnnxKernelError, match=r'Export the model with export_onnx\(sites="whole"\)'):
+        register(onnxruntime.SessionOptions(), shared_path, library=library)
+    whole = ar.export_onnx(shared, tmp_path / "model.onnx", embeddings(), sites="whole").path
+    assert register(onnxruntime.SessionOptions(), whole, library=library).functions == ()
 
 
 @pytest.mark.slow
@@ -346,7 +347,7 @@ def test_onnxruntime_genai_runs_the_kernel(library: Path, tmp_path: Path) -> Non
     config = ar.AttnResConfig(blocks=2, aggregation="sum")
     model, ids = randomise_sites(ar.rewrite(llama(3).eval(), config=config, backend="eager")), token_ids(1, 5)
     example = {"input_ids": token_ids(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
-    path = ar.export_onnx(model, tmp_path / "model.onnx", example, use_cache=True).path
+    path = ar.export_onnx(model, tmp_path / "model.onnx", example, use_cache=True, sites="whole").path
     model.generation_config.eos_token_id = None
     with torch.no_grad():
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)[0]

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -119,19 +119,26 @@ def named_outputs(outputs: object) -> dict[str, Tensor]:
     return {_output_name(path): tensor for path, tensor in _compat.named_tensors(outputs).items()}
 
 
-def finish(conversion: Conversion, *, functions: bool, version: str, stack_traces: bool = False) -> None:
+def finish(
+    conversion: Conversion,
+    *,
+    functions: bool,
+    version: str,
+    sites: Literal["shared", "whole"] = "shared",
+    stack_traces: bool = False,
+) -> None:
     """Define the functions of the sites in the model, or expand them; and give names and metadata to what is there."""
     from onnx_ir.passes import common
 
     model, program = conversion.model, conversion.program
     opset_version = model.opset_imports[""]
-    function.define(model, program, opset_version)
+    function.define(model, program, opset_version, sites)
     _give_caches_every_batch(model)
     _name_folded_weights(model, program)
     _name_sizes(model, program)
-    sites = function.sites_of(program)
-    owners = sorted({site.owner for site in sites})
-    sources = {owner: [site.sources for site in sites if site.owner == owner] for owner in owners}
+    calls = function.sites_of(program)
+    owners = sorted({site.owner for site in calls})
+    sources = {owner: [site.sources for site in calls if site.owner == owner] for owner in owners}
     # The last read of a stream has all block summaries, and the root. Of several streams, the one with the most.
     blocks = {owner: max(counts) - 1 for owner, counts in sources.items()}
     model.metadata_props.update(

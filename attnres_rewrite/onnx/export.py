@@ -64,6 +64,7 @@ def export_onnx(
     dynamic_shapes: Any = None,
     opset_version: int = 23,
     functions: bool = True,
+    sites: Literal["shared", "whole"] = "shared",
     ort_fusions: Literal["cpu", "cuda", "webgpu", "dml"] | None = None,
     tolerance: float | None = None,
     external_data_above: int | None = None,
@@ -71,9 +72,9 @@ def export_onnx(
 ) -> OnnxExport:
     """Export a rewritten model to ONNX and compare it with PyTorch in ONNX Runtime.
 
-    The model is exported in eval mode. Every site is one node, ``BlockAttnRes``; or with the two-phase schedule
-    ``MergePartial``, after one node ``AttendBlocks`` for all sites that share it. These are functions whose bodies are
-    in the file, one for each number of sources, in domains ``attnres.<form>``. The comparison runs on fresh random
+    The model is exported in eval mode. Every site is one node ``BlockAttnRes``, whatever the schedule that PyTorch
+    computes it in; what sites have in common is in nodes ``AttendBlocks``, one a block, and ``ScaleQueries``. These are
+    functions whose bodies are in the file, in domains ``attnres.<form>``. The comparison runs on fresh random
     inputs, of three other batch and sequence sizes than the example's where these are dynamic: first the number, names
     and shapes of the outputs, then their values. The file appears under ``path`` only if it passes, also
     ``onnx.checker`` (but for ``ort_fusions``, whose operators that does not know); after an error the model and what
@@ -99,6 +100,9 @@ def export_onnx(
         opset_version: ONNX opset, at least 18; RMS norms are single nodes from 23 on.
         functions: Whether a site is a call of a function; otherwise its operators stand in the graph, for consumers
             that know no functions.
+        sites: ``"shared"``: a block is normalised once, for all sites that read it, and a site adds the partial of its
+            own block. ``"whole"``: a site takes its sources, its query and its gain, and nothing else is computed
+            anywhere. That is slower on operators, and what to register a kernel for.
         ort_fusions: Fuse attention, rotary embeddings and norms into operators that only ONNX Runtime has, for this
             execution provider. For Hugging Face models. Compared on the CPU, and on CUDA where that is at hand.
         tolerance: Largest relative difference that is accepted. Default: 1e-3, 1e-8 in float64, 2e-2 in
@@ -109,8 +113,8 @@ def export_onnx(
         stack_traces: Whether every node tells the lines of code that it comes from, with the paths of this machine.
 
     Raises:
-        OnnxExportError: The path cannot be written, there is no such opset, the model has a dtype that ONNX Runtime
-            lacks, torch.export or the ONNX exporter failed, or the comparison exceeds ``tolerance``.
+        OnnxExportError: The path cannot be written, there is no such opset or form of the sites, the model has a dtype
+            that ONNX Runtime lacks, torch.export or the ONNX exporter failed, or the comparison exceeds ``tolerance``.
         AttnResError: ``model`` was not rewritten.
         GraphBreakError: The exported program has other streams than those that were rewritten.
         ExampleInputsError: The example inputs are missing or of the wrong kind.
@@ -118,6 +122,8 @@ def export_onnx(
     """
     _require_packages()
     _require_opset(opset_version)
+    if sites not in ("shared", "whole"):
+        raise OnnxExportError(f"sites is {sites!r}, and there are two ways to write them: 'shared' and 'whole'")
     target = Path(path)
     _require_rewritten(model)
     with temporary_folder(target) as folder, _evaluating(model):
@@ -125,7 +131,7 @@ def export_onnx(
         conversion = converted(model, example_inputs, use_cache, dynamic_shapes, opset_version, ort_fusions)
         temporary = folder / target.name
         try:
-            finish(conversion, functions=functions, version=__version__, stack_traces=stack_traces)
+            finish(conversion, functions=functions, version=__version__, sites=sites, stack_traces=stack_traces)
             save(conversion.model, temporary, external_data_above)
         except Exception as error:
             raise OnnxExportError(f"the ONNX model cannot be written: {type(error).__name__}: {error}") from error

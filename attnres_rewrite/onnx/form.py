@@ -19,12 +19,19 @@ if TYPE_CHECKING:
     from onnxscript import ir
 
 DOMAIN = "attnres"
-_ONNX_TYPES = {torch.float32: 1, torch.float64: 11}
+# The opset that brought it.
+_RMS_NORMALIZATION = 23
+ONNX_TYPES = {torch.float32: 1, torch.float16: 10, torch.float64: 11, torch.bfloat16: 16}
 
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """What the arithmetic on tensors of ``dtypes`` is in."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def names(letter: str, count: int) -> list[str]:
+    """``count`` numbered names."""
+    return [f"{letter}{i}" for i in range(count)]
 
 
 class Body:
@@ -149,23 +156,37 @@ class Form(abc.ABC):
         """The input ``name``, of ``dtype``, in the dtype of the arithmetic."""
         if dtype == self.wide:
             return name
-        return body.let(f"{name}_wide", f"Cast <to = {_ONNX_TYPES[self.wide]}> ({name})")
+        return body.let(f"{name}_wide", f"Cast <to = {ONNX_TYPES[self.wide]}> ({name})")
 
     def finish(self, body: Body, step: str, factor: str | None) -> None:
-        """Write the result of ``step``, times ``factor``, in the dtype of the first input."""
+        """Write the result of ``step``, times ``factor``, in the dtype of the sources."""
         steps = [step]
         if factor is not None:
             steps.append(f"Mul ({{}}, {factor})")
         if self.dtype != self.wide:
-            steps.append(f"CastLike ({{}}, {self.data[0]})")
+            steps.append(f"Cast <to = {ONNX_TYPES[self.dtype]}> ({{}})")
         value = ""
         for i, step in enumerate(steps, 1):
             value = body.let("h" if i == len(steps) else f"mean_{i}", step.format(value))
 
-    def stack(self, body: Body) -> str:
-        """The inputs ``[..., D]`` as one ``[..., n, D]``."""
-        side_by_side = body.let("side_by_side", f"Concat <axis = -1> ({', '.join(self.data)})")
-        shape = body.integers("shape", [*[0] * (self.rank - 1), len(self.data), -1])
+    @property
+    def takes_ones(self) -> bool:
+        """Whether norms are nodes, which have to multiply by something."""
+        return self.opset_version >= _RMS_NORMALIZATION
+
+    def logits(self, body: Body, v: str, columns: str) -> str:
+        """``<w, k>`` of every row of ``v`` and every one of ``columns``, which are the products of query and gain."""
+        if self.takes_ones:
+            body.let("k", f"RMSNormalization <axis = -1, epsilon: float = @eps> ({v}, ones)")
+            return body.let("logits_by_row", f"MatMul (k, {columns})")
+        body.integers("axes", [-1])
+        body.let("dots", f"MatMul ({v}, {columns})")
+        return body.let("logits_by_row", f"Div (dots, {self.rms(body, v, 1)})")
+
+    def stack(self, body: Body, sources: Sequence[str]) -> str:
+        """``sources`` ``[..., D]`` as one ``[..., n, D]``."""
+        side_by_side = body.let("side_by_side", f"Concat <axis = -1> ({', '.join(sources)})")
+        shape = body.integers("shape", [*[0] * (self.rank - 1), len(sources), -1])
         return self.widened(body, body.let("v", f"Reshape ({side_by_side}, {shape})"), self.dtype)
 
     def weight(self, body: Body, query: str = "query", gain: str = "gain") -> str:
@@ -179,18 +200,18 @@ class Form(abc.ABC):
 
     def logit(self, body: Body, v: str, w: str, keepdims: int) -> str:
         """``<w, k>`` of every row; RMSNormalization, which multiplies by w on the way, came with opset 23."""
-        body.integers("last", [-1])
-        if self.opset_version >= 23:
+        body.integers("axes", [-1])
+        if self.opset_version >= _RMS_NORMALIZATION:
             body.let("products", f"RMSNormalization <axis = -1, epsilon: float = @eps> ({v}, {w})")
-            return body.let("logit", f"ReduceSum <keepdims = {keepdims}> (products, last)")
+            return body.let("logit", f"ReduceSum <keepdims = {keepdims}> (products, axes)")
         body.let("products", f"Mul ({v}, {w})")
-        body.let("dot", f"ReduceSum <keepdims = {keepdims}> (products, last)")
+        body.let("dot", f"ReduceSum <keepdims = {keepdims}> (products, axes)")
         return body.let("logit", f"Div (dot, {self.rms(body, v, keepdims)})")
 
     def rms(self, body: Body, v: str, keepdims: int) -> str:
         """Root of the mean square of every row."""
         body.let("squares", f"Mul ({v}, {v})")
-        body.let("mean_square", f"ReduceMean <keepdims = {keepdims}> (squares, last)")
+        body.let("mean_square", f"ReduceMean <keepdims = {keepdims}> (squares, axes)")
         body.let("mean_square_eps", f"Add (mean_square, {body.given('eps', v)})")
         return body.let("rms", "Sqrt (mean_square_eps)")
 

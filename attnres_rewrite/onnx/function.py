@@ -1,14 +1,14 @@
-"""How sites are written in ONNX: as calls of model-local functions in domains ``attnres.<form>``.
+"""From the sites of a program to calls of model-local functions in domains ``attnres.<form>``.
 
-A site is one call of ``BlockAttnRes``; or, where the reads of a block share one pass over the complete blocks, one of
-``MergePartial``, which takes what a call of ``AttendBlocks`` found for all of them.
+The exporter is given a call for each operator of the program, ``block_attn_res`` or, with the two-phase schedule,
+``attend_blocks`` and ``merge_partial``. What is written in their places is the same for both: see ``sites.py``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,19 +16,19 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite.graph.nodes import require_tensor
-from attnres_rewrite.onnx import bodies
-from attnres_rewrite.onnx.form import DOMAIN, Form, wide_dtype
+from attnres_rewrite.onnx.form import DOMAIN, wide_dtype
+from attnres_rewrite.onnx.sites import Settings, Site, write_shared, write_whole
 from attnres_rewrite.passes.schedule_reads import sources_of
 
 if TYPE_CHECKING:
     from onnxscript import ir
 
 VERSION = 1
-_ATTEND = torch.ops.attnres.attend_blocks.default
-_FORMS: dict[Any, Callable[[Node, int], Form]] = {
-    torch.ops.attnres.block_attn_res.default: bodies.block_attn_res,
-    _ATTEND: bodies.attend_blocks,
-    torch.ops.attnres.merge_partial.default: bodies.merge_partial,
+_ATTEND, _MERGE = torch.ops.attnres.attend_blocks.default, torch.ops.attnres.merge_partial.default
+_OPS: dict[Any, str] = {
+    torch.ops.attnres.block_attn_res.default: "BlockAttnRes",
+    _ATTEND: "AttendBlocks",
+    _MERGE: "MergePartial",
 }
 
 
@@ -58,7 +58,7 @@ class FunctionCall:
 
 def is_rewritten(program: ExportedProgram | GraphModule) -> bool:
     """Whether ``program`` has sites."""
-    return any(node.target in _FORMS for node in program.graph.nodes)
+    return any(node.target in _OPS for node in program.graph.nodes)
 
 
 def calls_of(program: ExportedProgram) -> list[FunctionCall]:
@@ -66,7 +66,7 @@ def calls_of(program: ExportedProgram) -> list[FunctionCall]:
     names = {spec.arg.name: str(spec.target) for spec in program.graph_signature.input_specs}
     calls = []
     for node in program.graph.nodes:
-        if node.target in _FORMS:
+        if node.target in _OPS:
             queries, gains = (tuple(names[vector.name] for vector in vectors) for vectors in _parameters(node))
             sources = 0 if node.target is _ATTEND else len(sources_of(node))
             calls.append(FunctionCall(_call_name(queries), queries, gains, sources, node))
@@ -83,7 +83,7 @@ def _parameters(node: Node) -> tuple[list[Node], list[Node]]:
     arguments: Any = node.args
     if node.target is _ATTEND:
         return arguments[1], arguments[2]
-    query, gain = arguments[3:5] if node.target is torch.ops.attnres.merge_partial.default else arguments[1:3]
+    query, gain = arguments[3:5] if node.target is _MERGE else arguments[1:3]
     return [query], [] if gain is None else [gain]
 
 
@@ -105,7 +105,7 @@ def with_calls(program: ExportedProgram) -> ExportedProgram:
         {
             torch.ops.attnres.block_attn_res.default: _block_attn_res,
             _ATTEND: _attend_blocks,
-            torch.ops.attnres.merge_partial.default: _merge_partial,
+            _MERGE: _merge_partial,
         }
     )
     return lowered
@@ -116,7 +116,7 @@ def _block_attn_res(
 ) -> Tensor:
     inputs = [*sources, query, *([] if gain is None else [gain])]
     attributes = {"eps": eps, "scale": scale, "aggregation": "sum" if sum else "mean"}
-    return _one_result(bodies.BlockAttnRes, inputs, attributes)
+    return _one_result("BlockAttnRes", inputs, attributes)
 
 
 def _attend_blocks(
@@ -124,7 +124,7 @@ def _attend_blocks(
 ) -> list[Tensor]:
     first, reads = blocks[0], len(queries)
     results = torch.onnx.ops.symbolic_multi_out(
-        f"{DOMAIN}::{bodies.AttendBlocks.name}",
+        f"{DOMAIN}::AttendBlocks",
         [*blocks, *queries, *gains],
         {"eps": eps, "scale": scale},
         dtypes=[first.dtype] * reads + [wide_dtype(first.dtype, queries[0].dtype)] * reads,
@@ -145,13 +145,13 @@ def _merge_partial(
     total: float,
 ) -> Tensor:
     given = [tensor for tensor in (mixed, log_sum, partial, query, gain) if tensor is not None]
-    return _one_result(bodies.MergePartial, given, {"eps": eps, "scale": scale, "total": total})
+    return _one_result("MergePartial", given, {"eps": eps, "scale": scale, "total": total})
 
 
-def _one_result(form: type[Form], inputs: Sequence[Tensor], attributes: dict[str, Any]) -> Tensor:
+def _one_result(name: str, inputs: Sequence[Tensor], attributes: dict[str, Any]) -> Tensor:
     """A call whose result is like its first input."""
     return torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{form.name}",
+        f"{DOMAIN}::{name}",
         inputs,
         attributes,
         dtype=inputs[0].dtype,
@@ -170,23 +170,62 @@ def _call_nodes(model: ir.Model) -> list[ir.Node]:
     return [node for node in model.graph if node.domain.partition(".")[0] == DOMAIN]
 
 
-def define(model: ir.Model, program: ExportedProgram, opset_version: int) -> None:
-    """Give the named calls in ``model``, made from ``program``, their parameters and the functions that they call.
+def define(
+    model: ir.Model, program: ExportedProgram, opset_version: int, sites: Literal["shared", "whole"] = "shared"
+) -> None:
+    """Turn the named calls in ``model``, made from ``program``, into calls of functions, and define these.
 
     Equal weights are one initializer after the exporter's optimisation, and all queries are equal before training.
-    A call gets its own ones back, so that each can be found under its name, and changed alone.
+    A site gets its own ones back, so that each can be found under its name, and changed alone.
+
+    Args:
+        model: The model, whose calls :func:`name_calls` has named.
+        program: The program.
+        opset_version: Of the standard operators.
+        sites: As for ``export_onnx``.
     """
-    nodes = {str(node.name): node for node in _call_nodes(model)}
-    for call in calls_of(program):
-        node, form = nodes[call.name], _FORMS[call.node.target](call.node, opset_version)
-        for position, name in enumerate([*call.queries, *call.gains], len(form.data)):
-            node.replace_input_with(position, _initializer(model, name, program.state_dict[name]))
-        node.domain = form.domain
+    calls, nodes = calls_of(program), {str(node.name): node for node in _call_nodes(model)}
+    site_calls = [call for call in calls if call.node.target is not _ATTEND]
+    placed = [_site(model, program, call, nodes[call.name], opset_version) for call in site_calls]
+    forms = write_shared(placed) if sites == "shared" else [write_whole(site) for site in placed]
+    # What sites no longer read.
+    model.graph.remove([nodes[call.name] for call in calls if call.node.target is _ATTEND], safe=True)
+    for form in forms:
         model.opset_imports[form.domain] = VERSION
         function = form.function()
         model.functions.setdefault(function.identifier(), function)
     # The domain of the calls before they had a form.
     model.opset_imports.pop(DOMAIN, None)
+
+
+def _site(model: ir.Model, program: ExportedProgram, call: FunctionCall, node: ir.Node, opset_version: int) -> Site:
+    names = (*call.queries, *call.gains)
+    arguments: Any = call.node.args
+    *_, eps, scale, sum_or_total = arguments
+    source = require_tensor(sources_of(call.node)[0])
+    settings = Settings(
+        eps=eps,
+        scale=scale,
+        sum=sum_or_total != 1.0 if call.node.target is _MERGE else bool(sum_or_total),
+        gain=bool(call.gains),
+        rank=source.dim(),
+        dtype=source.dtype,
+        parameter_dtype=program.state_dict[names[0]].dtype,
+        opset_version=opset_version,
+    )
+    parameters = tuple(_initializer(model, name, program.state_dict[name]) for name in names)
+    return Site(node, tuple(_sources_in_model(call, node)), parameters, settings)
+
+
+def _sources_in_model(call: FunctionCall, node: ir.Node) -> list[Any]:
+    """The sources of the site that ``node`` was made from, in either schedule."""
+    if call.node.target is not _MERGE:
+        return list(node.inputs[: call.sources])
+    mixed, _, partial, *_ = node.inputs
+    partials = [] if call.node.args[2] is None else [partial]
+    attend = mixed.producer() if mixed is not None else None
+    assert attend is not None
+    return [*attend.inputs[: call.sources - len(partials)], *partials]
 
 
 def _initializer(model: ir.Model, name: str, value: Tensor) -> ir.Value:

@@ -58,9 +58,10 @@ def register(
 ) -> RegisteredKernel:
     """Let ONNX Runtime run the sites of an exported model as one kernel each, in sessions on the CPU.
 
-    The file stays as it is. A site by itself in float32, float16 or bfloat16 is a node ``BlockAttnRes``, for which ONNX
-    Runtime takes the registered operator before the function in the file. Everything else runs as functions: the two
-    phases of a model exported with ``schedule="two_phase"``, and float64; a warning is logged for these. With a log
+    The kernel is for sites by themselves, which ``export_onnx(sites="whole")`` writes, in float32, float16 or bfloat16:
+    nodes ``BlockAttnRes`` in domains ``attnres.<n>_sources``. ONNX Runtime takes the registered operator before the
+    function in the file, which stays as it is. Everything else runs as functions: float64, sites that share their
+    blocks, and reads that are added to the plain stream, gated or normalised; a warning is logged for these. With a log
     severity of 1, ONNX Runtime tells for each kernel that it makes the name of the site and the instruction set.
 
     Do not register it for sessions on a GPU: the kernel runs on the CPU, and tensors would go to and fro.
@@ -101,7 +102,7 @@ def _found_in(model: str | os.PathLike[str] | bytes) -> tuple[tuple[str, ...], t
         there = f"it has {', '.join(functions)}" if functions else "it has no functions of sites"
         raise OnnxKernelError(
             f"no site of {name} can run as a kernel: these are nodes BlockAttnRes in domains {DOMAIN}.<n>_sources, and "
-            f"{there}. Export with functions=True (the default) a model rewritten with schedule='per_read'"
+            f'{there}. Export the model with export_onnx(sites="whole"), and not with functions=False'
         )
     return domains, functions
 
