@@ -32,7 +32,7 @@ from attnres_rewrite.report import Report, make_report
 from attnres_rewrite.streams import StreamPlan
 
 # By the name that the container has in every form; peft keeps an adapter's copy of it one level deeper.
-_SITE_PARAMETER = re.compile(r"(^|\.)attn_res\.(modules_to_save\.[^.]+\.)?\d+\.(query|gain)$")
+_SITE_PARAMETER = re.compile(r"(^|\.)attn_res\.(modules_to_save\.[^.]+\.)?\d+\.(query|gain|gate)$")
 
 _logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound=nn.Module | ExportedProgram)

@@ -24,10 +24,12 @@ class AttnResConfig:
             AttnRes), the number of layers in every block (``[2, 2, 4, 4]``), or a mapping from owner module name to
             any of these, for models with several streams.
         layers_per_block: Instead of ``blocks``: groups of this many layers, the last takes what remains.
-        aggregation: ``"mean"`` (the paper: the weighted average of the sources) or ``"sum"`` (n times
-            that, which with zero queries is exactly the plain residual stream).
+        aggregation: ``"mean"`` (the paper: the weighted average of the sources), ``"sum"`` (n times that, which with
+            zero queries is exactly the plain residual stream) or ``"add"`` (the plain residual stream plus the average,
+            ``sum_i v_i + sum_i alpha_i v_i``, of which authors report more than of replacing it in pretrained models).
         eps: Epsilon of the RMS normalisation of the keys.
-        scale: Factor on the logits. The paper has none, so 1.0.
+        scale: Factor on the logits, or ``"rsqrt_dim"`` for one over the square root of the width. The paper has none,
+            so 1.0.
         key_gain: Whether each site learns a gain ``[D]`` on its normalised keys.
         schedule: How the sites are evaluated: ``"per_read"`` (one fused pass per read), ``"two_phase"`` (the reads of a
             block share one pass over the complete blocks, the paper's section 4; equal up to rounding), or ``"auto"``:
@@ -40,6 +42,10 @@ class AttnResConfig:
         compile_layers: ``"inline"`` (the compiler sees every layer) or ``"once"`` (layers that are computed alike are
             compiled once and called, which compiles faster and keeps kernels from fusing across their borders; those
             for which it might change a number stay inline, and the log says why).
+        gate: Whether each site learns a factor ``[1]`` on what differs from the plain residual stream. It is 0 at
+            first, where any model is exactly what it was, whatever the aggregation and the queries.
+        value_norm: Whether the sources are mixed as they are compared, divided by their RMS (and without the key gain),
+            as in transformers' Inkling2. Such a model does not start as it was, unless it has a gate.
 
     Raises:
         BlockPartitionError: ``blocks``, ``layers_per_block`` or ``sublayers_per_block`` is not a positive integer, or
@@ -49,15 +55,17 @@ class AttnResConfig:
 
     blocks: Blocks = _DEFAULT_BLOCKS
     layers_per_block: int | None = None
-    aggregation: Literal["mean", "sum"] = "mean"
+    aggregation: Literal["mean", "sum", "add"] = "mean"
     eps: float = 1e-6
-    scale: float = 1.0
+    scale: float | Literal["rsqrt_dim"] = 1.0
     key_gain: bool = True
     schedule: Literal["auto", "per_read", "two_phase"] = "auto"
     streams: tuple[str, ...] | None = None
     leftovers: Literal["refuse", "plain"] = "refuse"
     sublayers_per_block: int | None = None
     compile_layers: Literal["inline", "once"] = "inline"
+    gate: bool = False
+    value_norm: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", _checked(self.blocks))
@@ -67,7 +75,7 @@ class AttnResConfig:
         if len(named := self._groupings()) > 1:
             raise BlockPartitionError(f"{' and '.join(named)} both say how the layers are grouped: give one of them")
         choices = {
-            "aggregation": ("mean", "sum"),
+            "aggregation": ("mean", "sum", "add"),
             "schedule": ("auto", "per_read", "two_phase"),
             "leftovers": ("refuse", "plain"),
             "compile_layers": ("inline", "once"),
@@ -77,10 +85,13 @@ class AttnResConfig:
                 raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
         if not (_is_number(self.eps) and self.eps >= 0):
             raise ValueError(f"eps must be a number that is not negative, not {self.eps!r}")
-        if not _is_number(self.scale):
-            raise ValueError(f"scale must be a finite number, not {self.scale!r}")
-        if not isinstance(self.key_gain, bool):
-            raise ValueError(f"key_gain must be True or False, not {self.key_gain!r}")
+        if not _is_number(self.scale) and self.scale != "rsqrt_dim":
+            raise ValueError(f'scale must be a finite number or "rsqrt_dim", not {self.scale!r}')
+        for name in ("key_gain", "gate", "value_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if self.value_norm and self.schedule == "two_phase":
+            raise ValueError('value_norm is read by read: leave schedule at "auto"')
         if self.streams is not None:
             names = (self.streams,) if isinstance(self.streams, str) else tuple(self.streams)
             if not all(isinstance(name, str) for name in names):
@@ -104,6 +115,23 @@ class AttnResConfig:
         defaults = {"blocks": _DEFAULT_BLOCKS, "layers_per_block": None, "sublayers_per_block": None}
         values = {name: getattr(self, name) for name in defaults}
         return [f"{name}={value!r}" for name, value in values.items() if value != defaults[name]]
+
+    @property
+    def starts_plain(self) -> bool:
+        """Whether with zero queries, and the gate at 0 if there is one, every read is the plain stream itself.
+
+        Otherwise it is a multiple of that, which a norm takes out; or, with ``value_norm``, another mixture.
+        """
+        return self.gate or (self.aggregation == "sum" and not self.value_norm)
+
+    @property
+    def base(self) -> float:
+        """What the coefficient of every source has beside its depth weight."""
+        return 1.0 if self.aggregation == "add" else 0.0
+
+    def scale_of(self, width: int) -> float:
+        """The factor on the logits of a stream of ``width`` channels."""
+        return width**-0.5 if isinstance(self.scale, str) else self.scale
 
     def blocks_of(self, owner: str) -> BlocksOfStream:
         """The blocks of the stream that the module ``owner`` holds: their number, or the layers in every one."""

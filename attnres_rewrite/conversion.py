@@ -185,7 +185,7 @@ def _eps(names: _Names, config: Mapping[str, Any]) -> float:
 
 def _exported_block_size(settings: Settings, layers: int, convention: str, names: _Names) -> int:
     """The size of a block as the other project counts it; raises where it has no such Attention Residuals."""
-    fixed = {"aggregation": "mean", "scale": 1.0, "key_gain": True}
+    fixed = {"aggregation": "mean", "scale": 1.0, "key_gain": True, "gate": False, "value_norm": False}
     for field, wanted in fixed.items():
         if (found := getattr(settings, field)) != wanted:
             raise CheckpointError(f"these weights have {field}={found!r}, and {convention} knows {wanted!r} only")

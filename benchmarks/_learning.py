@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import statistics
+import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,8 @@ WARM_UP = 0.05
 EVALUATIONS = 20
 LOOKS = (0.0, 0.1, 0.25, 0.5, 1.0)
 
-# None is the plain model.
+STAGES = ("scratch", "retrofit")
+# None is a model that is not rewritten.
 CONTESTANTS: dict[str, AttnResConfig | None] = {
     "plain": None,
     "mean-2": AttnResConfig(blocks=2),
@@ -35,7 +37,14 @@ CONTESTANTS: dict[str, AttnResConfig | None] = {
     "mean-8": AttnResConfig(blocks=8),
     "full": AttnResConfig(blocks="full"),
     "sum-8": AttnResConfig(blocks=8, aggregation="sum"),
+    "add-8": AttnResConfig(blocks=8, aggregation="add"),
+    "mean-8-gate": AttnResConfig(blocks=8, gate=True),
+    "sum-8-gate": AttnResConfig(blocks=8, aggregation="sum", gate=True),
+    "add-8-gate": AttnResConfig(blocks=8, aggregation="add", gate=True),
+    "mhc-4": None,
 }
+# Manifold-constrained hyper-connections, by the number of streams; from a package that is asked for then only.
+STREAMS = {"mhc-4": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,17 +79,36 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What decides the numbers of a run: nothing else does, but the versions and the machine that its file names."""
+    """What decides the numbers of a run: nothing else does, but the versions and the machine that its file names.
+
+    Attributes:
+        size: A key of ``SIZES``.
+        contestant: A key of ``CONTESTANTS``.
+        rate: The learning rate.
+        seed: Of the weights and of the order of the text.
+        stage: ``"scratch"``, or ``"retrofit"``: a trained plain model goes on with other text.
+        attnres_rate: The learning rate of the sites, as a multiple.
+    """
 
     size: str
     contestant: str
     rate: float
     seed: int
+    stage: str = "scratch"
+    attnres_rate: float = 1.0
 
     @property
     def path(self) -> Path:
         """Its file, below the folder of results."""
-        return Path(self.size) / f"{self.contestant}_lr{self.rate:g}_seed{self.seed}.json"
+        folder = Path(self.size) if self.stage == "scratch" else Path(self.size) / self.stage
+        times = "" if self.attnres_rate == 1.0 else f"x{self.attnres_rate:g}"
+        return folder / f"{self.contestant}_lr{self.rate:g}{times}_seed{self.seed}.json"
+
+    @property
+    def shape(self) -> Size:
+        """The model and how long it learns: half as long where it goes on."""
+        size = SIZES[self.size]
+        return size if self.stage == "scratch" else dataclasses.replace(size, steps=size.steps // 2)
 
 
 class Text:
@@ -105,12 +133,16 @@ class Text:
         return hashlib.sha256(text).hexdigest()[:16]
 
 
-def read_text() -> Text:
-    return Text(standard_library())
+def read_text(stage: str = "scratch") -> Text:
+    """The standard library; for a model that goes on, its tests, which the standard library does not have in it."""
+    return Text(standard_library(None if stage == "scratch" else Path(sysconfig.get_path("stdlib")) / "test"))
 
 
-def build(size: Size, contestant: str, seed: int, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """The model, and what is called to run it; contestants of one seed begin with the same weights."""
+def build(
+    run: Run, device: torch.device, weights: dict[str, Tensor] | None = None
+) -> tuple[LlamaForCausalLM, nn.Module]:
+    """The model, and what is called to run it; contestants of one seed begin with the same weights, or ``weights``."""
+    size, contestant = run.shape, run.contestant
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=size.width,
@@ -121,8 +153,15 @@ def build(size: Size, contestant: str, seed: int, device: torch.device) -> tuple
         max_position_embeddings=size.length,
         use_cache=False,
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(run.seed)
     model = LlamaForCausalLM(config).to(device)
+    if weights is not None:
+        model.load_state_dict(weights)
+    if contestant in STREAMS:
+        from _hyper_connections import use_hyper_connections
+
+        use_hyper_connections(model, STREAMS[contestant])
+        model.to(device)
     chosen = CONTESTANTS[contestant]
     if chosen is None:
         return model, torch.compile(model, backend=size.backend, dynamic=False)  # type: ignore[return-value]
@@ -131,17 +170,20 @@ def build(size: Size, contestant: str, seed: int, device: torch.device) -> tuple
     return model, model
 
 
-def optimizer_of(model: nn.Module, contestant: str, rate: float) -> torch.optim.Optimizer:
-    """AdamW; matrices are decayed, vectors are not, sites learn at the rate of the others."""
-    if CONTESTANTS[contestant] is not None:
-        groups = parameter_groups(model, weight_decay=WEIGHT_DECAY)
+def optimizer_of(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+    """AdamW; matrices are decayed, vectors are not, sites learn at a multiple of the rate of the others."""
+    if CONTESTANTS[run.contestant] is not None:
+        groups = parameter_groups(model, weight_decay=WEIGHT_DECAY, attnres_lr=run.rate * run.attnres_rate)
     else:
         parameters = list(model.parameters())
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-    return torch.optim.AdamW(groups, lr=rate, betas=BETAS)
+    optimizer = torch.optim.AdamW(groups, lr=run.rate, betas=BETAS)
+    for group in optimizer.param_groups:
+        group["full_rate"] = group["lr"]
+    return optimizer
 
 
 def rate_at(step: int, steps: int) -> float:
@@ -172,6 +214,8 @@ def _loss(call: nn.Module, batch: Tensor) -> Tensor:
 def inside(model: nn.Module, contestant: str, batch: Tensor) -> dict[str, Any]:
     """Output magnitudes and gradient norms by depth; depth weights of the sites of a rewritten model."""
     small = {"input_ids": batch[:2], "labels": batch[:2]}
+    if contestant in STREAMS:
+        return {}
     found = training_dynamics(model, small).to_dict()
     kept = {name: [_short(x) for x in found[name]] for name in ("branch_rms", "output_rms", "gradient_norm")}
     if CONTESTANTS[contestant] is not None:
@@ -185,11 +229,32 @@ def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.5g}")
 
 
-def train(run: Run, text: Text, device: torch.device, folder: Path, work: Path, *, look: bool) -> dict[str, Any]:
-    """Train to the end and write the file of ``run`` below ``folder``; what ``work`` has of it is gone on with."""
-    size = SIZES[run.size]
-    model, call = build(size, run.contestant, run.seed, device)
-    optimizer = optimizer_of(model, run.contestant, run.rate)
+def train(
+    run: Run,
+    text: Text,
+    device: torch.device,
+    folder: Path,
+    work: Path,
+    *,
+    look: bool,
+    weights: dict[str, Tensor] | None = None,
+    keep: Path | None = None,
+) -> dict[str, Any]:
+    """Train to the end and write the file of ``run`` below ``folder``; what ``work`` has of it is gone on with.
+
+    Args:
+        run: What to train.
+        text: What on.
+        device: Where.
+        folder: That of the results.
+        work: Where a run that is not finished keeps its state.
+        look: Whether output magnitudes, gradient norms and depth weights are written down on the way.
+        weights: Those to begin with.
+        keep: Where to save the last weights.
+    """
+    size = run.shape
+    model, call = build(run, device, weights)
+    optimizer = optimizer_of(model, run)
     progress = _Progress(work / run.path.with_suffix(".pt"), model, optimizer)
     looks = {round(part * size.steps): part for part in LOOKS} if look else {}
     every = max(1, size.steps // EVALUATIONS)
@@ -223,6 +288,8 @@ def train(run: Run, text: Text, device: torch.device, folder: Path, work: Path, 
         "looks": progress.looks,
         "environment": environment(),
     }
+    if keep is not None:
+        torch.save(model.state_dict(), keep)
     write_results(folder / run.path, result)
     progress.remove()
     return result
@@ -232,7 +299,7 @@ def _step(call: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor, run:
     """One step of training; its seconds."""
     begin = time.perf_counter()
     for group in optimizer.param_groups:
-        group["lr"] = run.rate * rate_at(step, SIZES[run.size].steps)
+        group["lr"] = group["full_rate"] * rate_at(step, run.shape.steps)
     _loss(call, batch).backward()  # type: ignore[no-untyped-call]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     nn.utils.clip_grad_norm_(parameters, CLIP)
@@ -270,7 +337,7 @@ class _Progress:
         self.path.unlink(missing_ok=True)
 
 
-def finished(folder: Path, size: str) -> Iterator[dict[str, Any]]:
+def finished(folder: Path, size: str, stage: str = "scratch") -> Iterator[dict[str, Any]]:
     """The runs of ``size`` that are written."""
-    for path in sorted((folder / size).glob("*_seed*.json")):
+    for path in sorted((folder / Run(size, "plain", 1.0, 0, stage).path).parent.glob("*_seed*.json")):
         yield json.loads(path.read_text())

@@ -21,14 +21,14 @@ def summary(runs: Sequence[Found]) -> dict[str, Any]:
         and standard deviation of the test loss minus the plain model's; ``tokens_to_plain``, which part of the tokens
         the validation loss took to fall to the plain model's last, a seed each, None where it did not.
     """
-    names = list(dict.fromkeys(run["run"]["contestant"] for run in runs))
-    rates = {name: _rates([run for run in runs if run["run"]["contestant"] == name]) for name in names}
+    names = list(dict.fromkeys(_name(run) for run in runs))
+    rates = {name: _rates([run for run in runs if _name(run) == name]) for name in names}
     best = {name: min(of_one, key=of_one.__getitem__) for name, of_one in rates.items()}
     at_best = {
         name: {
             run["run"]["seed"]: run
             for run in runs
-            if (run["run"]["contestant"], run["run"]["rate"]) == (name, best[name]) and run["validation"] is not None
+            if (_name(run), run["run"]["rate"]) == (name, best[name]) and run["validation"] is not None
         }
         for name in names
     }
@@ -42,6 +42,12 @@ def summary(runs: Sequence[Found]) -> dict[str, Any]:
         }
         for name in names
     }
+
+
+def _name(run: Found) -> str:
+    """The contestant, and the learning rate of its sites where that is another."""
+    times = run["run"].get("attnres_rate", 1.0)
+    return str(run["run"]["contestant"]) + ("" if times == 1.0 else f", sites at {times:g}x")
 
 
 def _rates(runs: Sequence[Found]) -> dict[float, float]:

@@ -38,19 +38,22 @@ def block_attn_res(
     aggregation: str = "mean",
     eps: float = 1e-6,
     scale: float = 1.0,
+    value_norm: bool = False,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Attention of one pseudo-query `[D]` over the depth of the sources `[..., D]`."""
-    if aggregation not in ("mean", "sum"):
+    if aggregation not in ("mean", "sum", "add"):
         raise ValueError(f"aggregation={aggregation!r}")
     dtype = sources[0].dtype
     wide = torch.promote_types(dtype, torch.float32)
     v = torch.stack(list(sources)).to(wide)
-    k = v / torch.sqrt(v.square().mean(-1, keepdim=True) + eps)
+    k = normed = v / torch.sqrt(v.square().mean(-1, keepdim=True) + eps)
     if gain is not None:
         k = k * gain.to(wide)
     logits = scale * torch.einsum("d,n...d->n...", query.to(wide), k)
-    h = torch.einsum("n...,n...d->...d", logits.softmax(0), v)
-    return (h * len(sources) if aggregation == "sum" else h).to(dtype)
+    h = torch.einsum("n...,n...d->...d", logits.softmax(0), normed if value_norm else v)
+    h = {"mean": h, "sum": h * len(sources), "add": v.sum(0) + h}[aggregation]
+    return (h if gate is None else (1 - gate) * v.sum(0) + gate * h).to(dtype)
 
 
 def run_stream(
@@ -64,6 +67,8 @@ def run_stream(
     aggregation: str = "mean",
     eps: float = 1e-6,
     scale: float = 1.0,
+    value_norm: bool = False,
+    gates: Sequence[Tensor] | None = None,
     trace: list[list[Tensor]] | None = None,
 ) -> Tensor:
     """Run the branches of each layer on a residual stream; the result is what the last norm reads.
@@ -90,7 +95,7 @@ def run_stream(
         sizes = partition_layers(len(layers), blocks, layers_per_block)
         openings = {(sum(sizes[:n]), 0) for n in range(len(sizes))}
 
-    options = {"aggregation": aggregation, "eps": eps, "scale": scale}
+    options = {"aggregation": aggregation, "eps": eps, "scale": scale, "value_norm": value_norm}
 
     def read(sources: list[Tensor], depth: int) -> Tensor:
         if depth == 0:
@@ -98,7 +103,8 @@ def run_stream(
         if trace is not None:
             trace.append(sources)
         gain = None if gains is None else gains[depth - 1]
-        return block_attn_res(sources, queries[depth - 1], gain, **options)
+        gate = None if gates is None else gates[depth - 1]
+        return block_attn_res(sources, queries[depth - 1], gain, gate=gate, **options)
 
     committed: list[Tensor] = []
     partial: Tensor | None = root

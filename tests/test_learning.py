@@ -53,7 +53,7 @@ def test_every_contestant_is_judged_at_its_own_best_rate_seed_by_seed(learning):
 
 
 def test_the_sweep_goes_on_while_the_best_rate_is_at_an_end(learning, monkeypatch, tmp_path):
-    def train(run, text, device, folder, work, *, look):
+    def train(run, text, device, folder, work, *, look, weights):
         found = made_up(run.contestant, run.rate, run.seed, [abs(run.rate - 6e-3)], 1.0)
         (folder / run.path).parent.mkdir(parents=True, exist_ok=True)
         (folder / run.path).write_text(json.dumps(found))
@@ -61,7 +61,7 @@ def test_the_sweep_goes_on_while_the_best_rate_is_at_an_end(learning, monkeypatc
 
     monkeypatch.setattr(learning, "train", train)
     study = learning.Study("0.4M", tmp_path, tmp_path, None, float("inf"))
-    study.text = object()
+    study.texts["scratch"] = object()
     monkeypatch.setitem(learning.SIZES, "0.4M", learning.runs.Size(2, 32, 2, 32, steps=4, rates=(1e-3, 2e-3)))
     study.sweep("plain")
     assert sorted(study.losses("plain")) == [1e-3, 2e-3, 4e-3, 8e-3]
@@ -81,7 +81,9 @@ def test_text_that_is_held_out_is_in_no_training_batch(learning):
 def test_a_study_in_small_and_a_run_that_was_interrupted(learning, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["learning.py", "--quick", "--contestants", "plain", "mean-2"])
     learning.main()
-    assert "| mean-2 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "**quick, retrofit**" in printed
+    assert "| mean-2, sites at 100x | 0.004 | 2 |" in printed or "| mean-2, sites at 100x | 0.001 | 2 |" in printed
 
     runs, text = learning.runs, learning.runs.read_text()
     run = runs.Run("quick", "mean-2", 4e-3, 0)

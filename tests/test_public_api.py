@@ -113,6 +113,8 @@ def test_configuration() -> None:
         "leftovers": "refuse",
         "sublayers_per_block": None,
         "compile_layers": "inline",
+        "gate": False,
+        "value_norm": False,
     }
     with pytest.raises(dataclasses.FrozenInstanceError):
         ar.AttnResConfig().blocks = 3
@@ -136,6 +138,7 @@ def test_configuration_as_json(config) -> None:
 def test_the_backend_is_registered_and_the_op_is_there() -> None:
     assert "attnres" in torch.compiler.list_backends()
     arguments = "Tensor[] sources, Tensor query, Tensor? gain, float eps, float scale, bool sum"
+    arguments += ", Tensor? gate=None, float base=0., bool value_norm=False"
     assert str(torch.ops.attnres.block_attn_res.default._schema) == f"attnres::block_attn_res({arguments}) -> Tensor"
 
 

@@ -119,8 +119,8 @@ def test_weights_of_version_0_1_load_with_a_warning(caplog) -> None:
 def test_a_format_of_the_future_is_refused() -> None:
     model = rewritten(kind=Tower)
     state = model.state_dict()
-    state["attn_res._extra_state"] = torch.tensor(list(b'{"format": 2}'), dtype=torch.uint8)
-    with pytest.raises(ar.CheckpointError, match=r"format \(2\) that this version does not know"):
+    state["attn_res._extra_state"] = torch.tensor(list(b'{"format": 3}'), dtype=torch.uint8)
+    with pytest.raises(ar.CheckpointError, match=r"format \(3\) that this version does not know"):
         model.load_state_dict(state)
 
 
@@ -150,7 +150,7 @@ def test_undo_takes_the_comparison_out() -> None:
 def test_every_field_that_numbers_depend_on_is_compared() -> None:
     """One that is added to the configuration is put on one side or the other, here too."""
     names = {field.name for field in dataclasses.fields(ar.AttnResConfig)}
-    assert names == {"blocks", "aggregation", "eps", "scale", "key_gain"} | {
+    assert names == {"blocks", "aggregation", "eps", "scale", "key_gain", "gate", "value_norm"} | {
         # How the layers are grouped is compared as blocks; how sites are evaluated makes no difference.
         *("layers_per_block", "sublayers_per_block", "schedule", "compile_layers", "streams", "leftovers"),
     }

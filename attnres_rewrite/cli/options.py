@@ -23,6 +23,7 @@ class Aggregations(StrEnum):
 
     mean = "mean"
     sum = "sum"
+    add = "add"
 
 
 class Schedules(StrEnum):

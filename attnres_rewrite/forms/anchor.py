@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,9 +160,7 @@ def _read(node: Node) -> Anchor:
     _, nodes, text = node.args
     spec = AnchorSpec.from_json(str(text))
     assert isinstance(nodes, (list, tuple))
-    step = 2 if spec.config.key_gain else 1
-    parameters = tuple(
-        SiteParameters(nodes[i], nodes[i + 1] if spec.config.key_gain else None)  # type: ignore[arg-type]
-        for i in range(0, len(nodes), step)
-    )
+    names = ["query", *(["gain"] if spec.config.key_gain else []), *(["gate"] if spec.config.gate else [])]
+    each: Any = zip(*[iter(nodes)] * len(names), strict=True)
+    parameters = tuple(SiteParameters(**{"gain": None, **dict(zip(names, site, strict=True))}) for site in each)
     return Anchor(node, module_path(node), spec, parameters)

@@ -89,7 +89,8 @@ class AttnResBackend:
         # Measured (benchmarks/schedule.py): with many rows two phases are faster, and fewer of the kernels differ,
         # so that there are fewer to compile. With one, the decoding of a token, every loop nest more costs more than
         # the sources that it saves.
-        if config.schedule == "auto" and self.inner == "inductor" and not _has_few_rows(plan):
+        shares = config.schedule == "auto" and not config.value_norm
+        if shares and self.inner == "inductor" and not _has_few_rows(plan):
             return dataclasses.replace(config, schedule="two_phase")
         return config
 

@@ -184,17 +184,18 @@ class _Binder:
         first = self._sites.get(owner, 0)
         self._sites[owner] = first + len(plan.stream.branches)
         root = require_tensor(plan.stream.root)
+        width = int(root.shape[-1])
         made = []
         for i in range(first, self._sites[owner]):
-            query = self._bind(f"{prefix}.{i}.query", root, 0.0)
-            gain = self._bind(f"{prefix}.{i}.gain", root, 1.0) if self.config.key_gain else None
-            made.append(SiteParameters(query, gain))
+            query = self._bind(f"{prefix}.{i}.query", root, width, 0.0)
+            gain = self._bind(f"{prefix}.{i}.gain", root, width, 1.0) if self.config.key_gain else None
+            gate = self._bind(f"{prefix}.{i}.gate", root, 1, 0.0) if self.config.gate else None
+            made.append(SiteParameters(query, gain, gate))
         return made
 
-    def _bind(self, name: str, root: torch.Tensor, start: float) -> Node:
+    def _bind(self, name: str, root: torch.Tensor, width: int, start: float) -> Node:
         if name in self._by_name:
             return cast(Node, self._by_name[name])
-        width = int(root.shape[-1])
         self.state[name] = torch.nn.Parameter(torch.full((width,), start, dtype=root.dtype, device=root.device))
         position, self._parameters = self._parameters, self._parameters + 1
         with self.module.graph.inserting_before(self.placeholders[position]):

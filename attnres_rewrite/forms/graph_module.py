@@ -116,11 +116,12 @@ class SiteMaker:
     def _site(self, plan: StreamPlan, index: int) -> SiteParameters:
         root, owner = require_tensor(plan.stream.root), plan.stream.owner
         path = f"{owner}.attn_res.{index}" if owner else f"attn_res.{index}"
-        site = AttnResSite(plan.stream.width, gain=self.config.key_gain, device=root.device, dtype=root.dtype)
+        which = {"gain": self.config.key_gain, "gate": self.config.gate}
+        site = AttnResSite(plan.stream.width, **which, device=root.device, dtype=root.dtype)
         self.module.add_submodule(path, site)
         with self.module.graph.inserting_before(self.first):
-            query = self.build.attribute(f"{path}.query", site.query, fake_like=plan.stream.root)
-            gain = None
-            if site.gain is not None:
-                gain = self.build.attribute(f"{path}.gain", site.gain, fake_like=plan.stream.root)
-        return SiteParameters(query, gain)
+            nodes = {
+                name: self.build.attribute(f"{path}.{name}", parameter, fake_like=plan.stream.root)
+                for name, parameter in site.named_parameters()
+            }
+        return SiteParameters(nodes["query"], nodes.get("gain"), nodes.get("gate"))

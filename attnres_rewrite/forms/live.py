@@ -299,8 +299,9 @@ def install(
     for spec, site_widths in zip(specs, widths, strict=True):
         owner = model.get_submodule(spec.owner)
         like = next((p for p in owner.parameters() if p.is_floating_point()), None)
+        which = {"gain": spec.config.key_gain, "gate": spec.config.gate}
         placing = {"device": like.device, "dtype": like.dtype} if like is not None else {}
-        sites = [AttnResSite(width, gain=spec.config.key_gain, **placing) for width in site_widths]  # type: ignore[arg-type]
+        sites = [AttnResSite(width, **which, **placing) for width in site_widths]  # type: ignore[arg-type]
         live = LiveForward(owner, spec, state)
         owner.attn_res = AttnResSites(sites, state, spec.owner, live)
         owner.attn_res.train(owner.training)

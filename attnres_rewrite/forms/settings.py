@@ -21,7 +21,9 @@ from attnres_rewrite.forms.anchor import AnchorSpec
 
 # The name that torch gives to the extra state of a module in a state_dict.
 EXTRA_STATE = "_extra_state"
-_FORMAT = 1
+_FORMAT = 2
+# What format 1 cannot say, and what it means by that.
+_LATER = {"gate": False, "value_norm": False}
 _logger = logging.getLogger(__name__)
 
 
@@ -35,23 +37,31 @@ class Settings:
         eps: Epsilon of the norm of the keys.
         scale: Factor on the logits.
         key_gain: Whether there are gains.
+        gate: Whether there are gates.
+        value_norm: As in :class:`AttnResConfig`.
     """
 
     blocks: tuple[tuple[int, ...], ...]
     aggregation: str
     eps: float
-    scale: float
+    scale: float | str
     key_gain: bool
+    gate: bool = False
+    value_norm: bool = False
 
     @classmethod
     def of(cls, spec: AnchorSpec) -> Settings:
         """The settings of an owner."""
         config = spec.config
-        return cls(spec.blocks, config.aggregation, config.eps, config.scale, config.key_gain)
+        fields = (config.aggregation, config.eps, config.scale, config.key_gain, config.gate, config.value_norm)
+        return cls(spec.blocks, *fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, with the number of its format."""
-        return {"format": _FORMAT, **dataclasses.asdict(self)}
+        """Plain data, with the number of its format: the lowest that says all of it."""
+        fields = dataclasses.asdict(self)
+        if fields == {**fields, **_LATER}:
+            return {"format": _FORMAT - 1, **{name: value for name, value in fields.items() if name not in _LATER}}
+        return {"format": _FORMAT, **fields}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Settings:
@@ -61,10 +71,10 @@ class Settings:
             CheckpointError: They are of a format that this version does not know.
         """
         fields = dict(fields)
-        if (number := fields.pop("format", None)) != _FORMAT:
+        if (number := fields.pop("format", None)) not in (_FORMAT - 1, _FORMAT):
             raise CheckpointError(
                 f"these weights have Attention Residuals in a format ({number}) that this version does not know "
-                f"(it knows {_FORMAT}): load them with a newer attnres_rewrite"
+                f"(it knows {_FORMAT} and before): load them with a newer attnres_rewrite"
             )
         return cls(**{**fields, "blocks": tuple(tuple(sizes) for sizes in fields["blocks"])})
 

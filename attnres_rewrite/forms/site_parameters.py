@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 
 class AttnResSite(nn.Module):
-    """The parameters of one site: pseudo-query ``[D]``, zero at first, and key gain ``[D]``, one at first.
+    """The parameters of one site: pseudo-query ``[D]``, zero at first, key gain ``[D]``, one, and gate ``[1]``, zero.
 
     Args:
         width: D, the width of the stream.
         gain: Whether there is a key gain.
+        gate: Whether there is a gate.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
     """
@@ -34,16 +35,19 @@ class AttnResSite(nn.Module):
         width: int,
         *,
         gain: bool = True,
+        gate: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.zeros(width, device=device, dtype=dtype))
         self.gain = nn.Parameter(torch.ones(width, device=device, dtype=dtype)) if gain else None
+        self.gate = nn.Parameter(torch.zeros(1, device=device, dtype=dtype)) if gate else None
 
     def extra_repr(self) -> str:
         """The width, for ``print(model)``."""
-        return f"width={self.query.numel()}, gain={self.gain is not None}"
+        gate = ", gate=True" if self.gate is not None else ""
+        return f"width={self.query.numel()}, gain={self.gain is not None}{gate}"
 
 
 class AttnResSites(nn.Module):
@@ -86,8 +90,8 @@ class AttnResSites(nn.Module):
         return self
 
     def flat(self) -> list[Tensor]:
-        """Query and gain of every site, in the order in which the anchor takes them."""
-        return [p for site in self for p in (site.query, site.gain) if p is not None]
+        """Query, gain and gate of every site, in the order in which the anchor takes them."""
+        return [p for site in self for p in (site.query, site.gain, site.gate) if p is not None]
 
     @property
     def settings(self) -> Settings:

@@ -120,7 +120,7 @@ class _RecordingBackend(AttnResBackend):
         graph = module.graph
         weights = []
         for site in self.sites:
-            sources, query, gain, eps, scale, _sum = site.node.args
+            sources, query, gain, eps, scale, *_ = site.node.args
             with graph.inserting_after(site.node):
                 given = (sources, query, gain), {"eps": eps, "scale": scale}
                 weights.append(graph.call_function(depth_weights, *given))

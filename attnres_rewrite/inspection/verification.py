@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from attnres_rewrite import _compat
 from attnres_rewrite.capture.inputs import Call, ExampleInputs, as_it_was, example_call, without_traces
@@ -39,12 +39,13 @@ class Verification:
         sites: Number of AttnRes sites that ran.
         sum_difference: Largest difference of any output, relative to the output's largest value, with
             ``aggregation="sum"``: the sources then add up to exactly the plain stream.
-        difference: The same with the model's own aggregation. With ``"mean"`` the stream is smaller by
-            the number of sources, which of the norms that read it only the epsilon can notice.
+        difference: The same with the model's own form, gates at zero. With ``"mean"`` the stream is smaller by
+            the number of sources, which of the norms that read it only the epsilon can notice (with ``"add"`` larger).
+            With ``value_norm`` the model is another one.
         aggregation: The model's own aggregation.
         tolerance: What ``sum_difference`` may be: 1e-8, or more where an operator has no float64.
-        without_norm: Where a read is not followed by a norm: with ``"mean"`` the model then is not what it was, and
-            ``difference`` is judged too.
+        without_norm: Where a read is not followed by a norm: with ``"mean"`` or ``"add"`` the model then is not what
+            it was, and ``difference`` is judged too. With gates or ``value_norm`` it is not asked.
     """
 
     sites: int
@@ -57,7 +58,7 @@ class Verification:
     @property
     def passed(self) -> bool:
         """Whether the rewritten model computes, with zero queries, what the plain one does."""
-        scaled = self.aggregation == "mean" and bool(self.without_norm)
+        scaled = self.aggregation != "sum" and bool(self.without_norm)
         return self.sum_difference <= self.tolerance and not (scaled and self.difference > self.tolerance)
 
     def __bool__(self) -> bool:
@@ -70,7 +71,7 @@ class Verification:
             f'difference {self.sum_difference:.1e} with aggregation="sum" (tolerance {self.tolerance:.1e}), '
             f'{self.difference:.1e} with the model\'s own aggregation="{self.aggregation}"'
         )
-        if self.aggregation == "mean" and self.without_norm:
+        if self.aggregation != "sum" and self.without_norm:
             text += f"; {explanation(self.without_norm)}"
         return text
 
@@ -126,26 +127,34 @@ class _VerifyingBackend(AttnResBackend):
     def __init__(self, run: _Run, aggregation: str | None) -> None:
         super().__init__(run.compile)
         self.run, self.aggregation = run, aggregation
-        self.used = ""
+        self.used, self.asks_for_norms = "", False
         self.sites = 0
         self.without_norm: list[str] = []
 
     def site_parameters(self, module: GraphModule, anchor: Anchor) -> list[SiteParameters]:
         # Not in the parameters themselves, with which other threads compute.
-        build, zero = GraphBuilder(module), torch.ops.aten.zeros_like.default
+        build = GraphBuilder(module)
+
+        def zero(node: Node) -> Node:
+            return build.call(torch.ops.aten.zeros_like.default, node, like=anchor.node)
+
         with module.graph.inserting_after(anchor.node):
             return [
-                SiteParameters(build.call(zero, site.query, like=anchor.node), site.gain) for site in anchor.parameters
+                # With the sum for its form, a read is the plain stream at any gate.
+                SiteParameters(zero(p.query), p.gain, zero(p.gate) if p.gate and not self.aggregation else p.gate)
+                for p in anchor.parameters
             ]
 
     def configure(self, config: AttnResConfig) -> AttnResConfig:
         aggregation: Any = self.aggregation or config.aggregation
-        self.used = aggregation
-        return dataclasses.replace(config, aggregation=aggregation)
+        self.used, self.asks_for_norms = aggregation, not (config.starts_plain or config.value_norm)
+        return dataclasses.replace(
+            config, aggregation=aggregation, value_norm=config.value_norm and self.aggregation is None
+        )
 
     def inserted(self, sites: list[Site]) -> None:
         self.sites += len(sites)
-        self.without_norm += reads_without_norm(site.read for site in sites)
+        self.without_norm += reads_without_norm(site.read for site in sites) if self.asks_for_norms else []
 
 
 def verify(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Verification:

@@ -40,6 +40,7 @@ class FunctionCall:
         name: ``<owner>.attn_res.<i>`` for a site, ``<owner>.attn_res.<first>_to_<last>`` for what sites share.
         queries: Names of its pseudo-queries among the program's parameters.
         gains: Names of its key gains, one for each query or none.
+        gates: The name of its gate, or none.
         sources: Number of sources of the site; 0 for what sites share.
         node: The node.
     """
@@ -47,6 +48,7 @@ class FunctionCall:
     name: str
     queries: tuple[str, ...]
     gains: tuple[str, ...]
+    gates: tuple[str, ...]
     sources: int
     node: Node
 
@@ -67,9 +69,9 @@ def calls_of(program: ExportedProgram) -> list[FunctionCall]:
     calls = []
     for node in program.graph.nodes:
         if node.target in _OPS:
-            queries, gains = (tuple(names[vector.name] for vector in vectors) for vectors in _parameters(node))
+            queries, gains, gates = (tuple(names[one.name] for one in given) for given in _parameters(node))
             sources = 0 if node.target is _ATTEND else len(sources_of(node))
-            calls.append(FunctionCall(_call_name(queries), queries, gains, sources, node))
+            calls.append(FunctionCall(_call_name(queries), queries, gains, gates, sources, node))
     return calls
 
 
@@ -78,13 +80,32 @@ def sites_of(program: ExportedProgram) -> list[FunctionCall]:
     return [call for call in calls_of(program) if call.sources]
 
 
-def _parameters(node: Node) -> tuple[list[Node], list[Node]]:
-    """Queries and gains."""
+def _parameters(node: Node) -> tuple[list[Node], list[Node], list[Node]]:
+    """Queries, gains and gates."""
     arguments: Any = node.args
     if node.target is _ATTEND:
-        return arguments[1], arguments[2]
+        return arguments[1], arguments[2], []
     query, gain = arguments[3:5] if node.target is _MERGE else arguments[1:3]
-    return [query], [] if gain is None else [gain]
+    gate = _form_of(node).gate
+    return [query], [] if gain is None else [gain], [] if gate is None else [gate]
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReadForm:
+    """What a site's node says of the form of its read."""
+
+    sum: bool
+    gate: Node | None = None
+    base: float = 0.0
+    value_norm: bool = False
+
+
+def _form_of(site: Node) -> _ReadForm:
+    arguments: Any = site.args
+    if site.target is not _MERGE:
+        return _ReadForm(*arguments[5:])
+    total, *rest = arguments[7:]
+    return _ReadForm(total != 1.0, *rest[1:])
 
 
 def _call_name(queries: Sequence[str]) -> str:
@@ -112,8 +133,9 @@ def with_calls(program: ExportedProgram) -> ExportedProgram:
 
 
 def _block_attn_res(
-    sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, eps: float, scale: float, sum: bool
+    sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, eps: float, scale: float, sum: bool, *form: Any
 ) -> Tensor:
+    # What differs from the paper's form is in the node that the call is made from.
     inputs = [*sources, query, *([] if gain is None else [gain])]
     attributes = {"eps": eps, "scale": scale, "aggregation": "sum" if sum else "mean"}
     return _one_result("BlockAttnRes", inputs, attributes)
@@ -143,6 +165,7 @@ def _merge_partial(
     eps: float,
     scale: float,
     total: float,
+    *form: Any,
 ) -> Tensor:
     given = [tensor for tensor in (mixed, log_sum, partial, query, gain) if tensor is not None]
     return _one_result("MergePartial", given, {"eps": eps, "scale": scale, "total": total})
@@ -199,14 +222,17 @@ def define(
 
 
 def _site(model: ir.Model, program: ExportedProgram, call: FunctionCall, node: ir.Node, opset_version: int) -> Site:
-    names = (*call.queries, *call.gains)
+    names = (*call.queries, *call.gains, *call.gates)
     arguments: Any = call.node.args
-    *_, eps, scale, sum_or_total = arguments
-    source = require_tensor(sources_of(call.node)[0])
+    eps, scale = arguments[5:7] if call.node.target is _MERGE else arguments[3:5]
+    source, form = require_tensor(sources_of(call.node)[0]), _form_of(call.node)
     settings = Settings(
         eps=eps,
         scale=scale,
-        sum=sum_or_total != 1.0 if call.node.target is _MERGE else bool(sum_or_total),
+        sum=form.sum,
+        add=form.base != 0.0,
+        gate=bool(call.gates),
+        value_norm=form.value_norm,
         gain=bool(call.gains),
         rank=source.dim(),
         dtype=source.dtype,

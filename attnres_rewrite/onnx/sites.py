@@ -37,12 +37,21 @@ class Settings:
     dtype: torch.dtype
     parameter_dtype: torch.dtype
     opset_version: int
+    add: bool = False
+    gate: bool = False
+    value_norm: bool = False
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """What only a site by itself can have."""
+        return {"add": self.add, "gate": self.gate, "value_norm": self.value_norm}
 
     @property
     def form(self) -> dict[str, Any]:
         """What every form depends on."""
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del given["eps"]
+        for name in ("eps", *self.own):
+            del given[name]
         scaled = given.pop("scale") != 1.0
         return {**given, "scaled": scaled}
 
@@ -54,7 +63,7 @@ class Site:
     Attributes:
         node: The node whose one output is the read.
         sources: Its sources.
-        parameters: The query and, where there is one, the gain.
+        parameters: The query and, where there are any, the gain and the gate.
         settings: What it has in common with others.
     """
 
@@ -84,16 +93,16 @@ class Site:
 def write_whole(site: Site) -> Form:
     """Make ``site`` one node that does everything; returns the form of its function."""
     settings = site.settings
-    form = BlockAttnRes(sources=len(site.sources), **settings.form)
-    aggregation = "sum" if settings.sum else "mean"
+    form = BlockAttnRes(sources=len(site.sources), **settings.form, **settings.own)
+    aggregation = "sum" if settings.sum else "add" if settings.add else "mean"
     attributes = {"eps": settings.eps, "scale": settings.scale, "aggregation": aggregation}
     return site.become(form, [*site.sources, *site.parameters], attributes)
 
 
 def write_shared(sites: Sequence[Site]) -> list[Form]:
     """Make ``sites``, in the order of their nodes, share what they can; returns the forms of the functions."""
-    forms: list[Form] = []
-    for root in _trees(sites):
+    forms: list[Form] = [write_whole(site) for site in sites if any(site.settings.own.values())]
+    for root in _trees([site for site in sites if not any(site.settings.own.values())]):
         members = list(root.all_sites())
         forms += [write_whole(members[0])] if len(members) == 1 else _write_tree(root, members)
     return forms

@@ -45,6 +45,21 @@ def check_sources(op: str, sources: Sequence[Tensor], *vectors: tuple[str, Tenso
             )
 
 
+def check_gate(op: str, gate: Tensor | None) -> None:
+    """Raise unless ``gate`` is a floating-point tensor ``[1]`` or None.
+
+    Raises:
+        ValueError: It has another shape.
+        TypeError: It is not floating point.
+    """
+    if gate is None:
+        return
+    if not gate.dtype.is_floating_point:
+        raise TypeError(f"{op}: gate is {gate.dtype}; it must be floating point")
+    if tuple(gate.shape) != (1,):
+        raise ValueError(f"{op}: gate has shape {tuple(gate.shape)}; expected (1,)")
+
+
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
     """Raise if a tensor is dual (``torch.autograd.forward_ad``): a custom operator would drop its tangent.
 
@@ -156,6 +171,25 @@ def softmax(logits: Sequence[Tensor], total: float, row_by_row: Hint = unchanged
     _, exps, denominator = exponentials(logits)
     factor = row_by_row(total / denominator)
     return [exp * factor for exp in exps]
+
+
+def coefficients(
+    weights: Sequence[Tensor], inverse_rms: Sequence[Tensor] | None, gate: Tensor | None, base: float
+) -> list[Tensor]:
+    """What every source is multiplied by, from its weight in the attention, each ``[..., 1]``.
+
+    Args:
+        weights: The depth weights, times their total.
+        inverse_rms: Those of the sources if values are normalised.
+        gate: ``[1]``, on what differs from the plain sum, in which every coefficient is 1.
+        base: What every coefficient has besides.
+    """
+    found = list(weights)
+    if inverse_rms is not None:
+        found = [weight * inv for weight, inv in zip(weights, inverse_rms, strict=True)]
+    if gate is not None:
+        return [1.0 + gate.to(one.dtype) * (one + (base - 1.0)) for one in found]
+    return [one + base for one in found] if base else found
 
 
 def weighted_sum(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:

@@ -21,10 +21,11 @@ aten = torch.ops.aten
 
 @dataclasses.dataclass(frozen=True)
 class SiteParameters:
-    """The nodes that hold one site's parameters: pseudo-query ``[D]`` and key gain ``[D]`` or ``None``."""
+    """The nodes of one site's parameters: pseudo-query ``[D]``, key gain ``[D]`` and gate ``[1]``, or ``None``."""
 
     query: Node
     gain: Node | None
+    gate: Node | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +146,9 @@ class _Writer:
             parameters.query,
             parameters.gain,
             self.config.eps,
-            self.config.scale,
+            self.config.scale_of(self.plan.stream.width),
             self.config.aggregation == "sum",
+            *self._form(parameters),
             like=branch.value,
         )
         region = _compat.reading_region(branch.value)
@@ -158,6 +160,11 @@ class _Writer:
         for new in {node, shaped}:
             _compat.move_to_region(new, region)
         return Site(node, shaped, tuple(sources), tuple(n for n, _ in parts), branch is not self.last_of_block[block])
+
+    def _form(self, parameters: SiteParameters) -> tuple[Node | float | None, ...]:
+        """The last arguments of a read that has not the paper's form."""
+        form = (parameters.gate, self.config.base, self.config.value_norm)
+        return form if any(part not in (None, 0.0, False) for part in form) else ()
 
     def _like(self, node: Node, dtype_of: Node, shape_of: Node) -> Node:
         """``node`` in the dtype of one node and the shape of another, with ops only where they differ."""

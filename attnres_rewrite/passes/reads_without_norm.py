@@ -34,7 +34,7 @@ def reads_without_norm(values: Iterable[Node], on_stream: Container[Node] = ()) 
 
 def tell_reads_without_norm(sites: Sequence[Site], config: AttnResConfig) -> None:
     """Log a warning of the reads of a new rewrite that are no longer what they were."""
-    if config.aggregation == "mean" and (found := reads_without_norm(site.read for site in sites)):
+    if not config.starts_plain and (found := reads_without_norm(site.read for site in sites)):
         _logger.warning("%s", explanation(found))
 
 
@@ -45,7 +45,7 @@ def explanation(found: Sequence[str]) -> str:
         + (f" and at {len(found) - 1} more lines" if len(found) > 1 else "")
         + ': with aggregation="mean" (the paper\'s) a read is the average of its sources, with zero queries the plain '
         "stream divided by their number. A norm takes that factor out; here it stays, so the model does not start as "
-        'it was. AttnResConfig(aggregation="sum") starts as it was everywhere'
+        'it was. AttnResConfig(aggregation="sum") starts as it was everywhere, and so does any with gate=True'
     )
 
 

@@ -29,16 +29,18 @@ class ScheduleReads(Pass):
 
     A site stays as it is unless the configuration says ``"two_phase"``; where a block has one read, or there is one
     block to attend over, so that nothing can be shared; where its neighbours belong to another checkpointed region,
-    whose recomputation would then need what this one computed; and where the sources differ in dtype, because the first
-    phase would round to that of the blocks.
+    whose recomputation would then need what this one computed; where the sources differ in dtype, because the first
+    phase would round to that of the blocks; and where values are normalised.
     """
 
     def call(self, module: GraphModule, sites: Sequence[Site], config: AttnResConfig) -> list[Site]:
         """Rewrite the sites of one stream in place; returns them in the same order."""
         scheduled = {site.node: site for site in sites}
-        for group in groups(sites) if config.schedule == "two_phase" else ():
+        shared = config.schedule == "two_phase" and not config.value_norm
+        sums = _SumsOfBlocks(module)
+        for group in groups(sites) if shared else ():
             if len(group.sites) > 1 and len(group.blocks) > 1 and _have_one_dtype(group.sites):
-                scheduled.update(zip([site.node for site in group.sites], _share(module, group), strict=True))
+                scheduled.update(zip([site.node for site in group.sites], _share(module, group, sums), strict=True))
         module.graph.lint()
         module.recompile()
         return [scheduled[site.node] for site in sites]
@@ -73,7 +75,7 @@ def sources_of(site: Node) -> list[Node]:
     if op_name(site) != "merge_partial":
         raise PostconditionError(f"{site.name} is not a block_attn_res node but {site.target}")
     arguments: Any = site.args
-    mixed, log_sum, partial, query, gain, *settings, total = arguments
+    mixed, log_sum, partial, query, gain, *settings, total = arguments[:8]
     if not {mixed.target, log_sum.target} <= {operator.getitem} or op_name(mixed.args[0]) != "attend_blocks":
         raise PostconditionError(f"{site.name} merges what no attend_blocks node computed")
     attend, read = mixed.args
@@ -82,6 +84,8 @@ def sources_of(site: Node) -> list[Node]:
     if log_sum.args != (attend, read + len(queries)) or of_read != (query, gain) or shared != settings:
         raise PostconditionError(f"{site.name} merges what {attend.name} computed for another read")
     sources = [*blocks, *([] if partial is None else [partial])]
+    if len(arguments) > 8 and (summed := _summed(arguments[8], len(blocks))) != list(blocks):
+        raise PostconditionError(f"{site.name} adds {summed}, which are not the blocks of {attend.name}")
     if total not in (1.0, len(sources)):
         raise PostconditionError(f"{site.name} multiplies a read of {len(sources)} sources by {total}")
     return sources
@@ -117,7 +121,34 @@ def groups(sites: Sequence[Site]) -> list[Group]:
     return found
 
 
-def _share(module: GraphModule, group: Group) -> list[Site]:
+class _SumsOfBlocks:
+    """Sums of complete blocks, for reads that take the plain stream as well: each is the one before and a block."""
+
+    def __init__(self, module: GraphModule) -> None:
+        self._build = GraphBuilder(module)
+        self._made: dict[tuple[tuple[Node, ...], object], Node] = {}
+
+    def of(self, group: Group, like: Node) -> Node:
+        """The sum of the blocks of ``group``, made where the graph is being written."""
+        total, *rest = group.blocks
+        for count, block in enumerate(rest, 2):
+            key = group.blocks[:count], group.region
+            if key not in self._made:
+                self._made[key] = self._build.call(torch.ops.aten.add.Tensor, total, block, like=like)
+            total = self._made[key]
+        return total
+
+
+def _summed(node: Any, count: int) -> list[Any]:
+    """What a sum of ``count`` blocks adds up; fewer if it is no such sum."""
+    blocks: list[Any] = []
+    while len(blocks) < count - 1 and isinstance(node, Node) and op_name(node) == "add" and len(node.args) == 2:
+        node, block = node.args
+        blocks.append(block)
+    return [node, *reversed(blocks)]
+
+
+def _share(module: GraphModule, group: Group, sums: _SumsOfBlocks) -> list[Site]:
     """Replace the sites of one group."""
     build, sites, first = GraphBuilder(module), group.sites, group.sites[0].node
     queries, gains = [site.node.args[1] for site in sites], [site.node.args[2] for site in sites]
@@ -126,13 +157,17 @@ def _share(module: GraphModule, group: Group) -> list[Site]:
         given = (list(group.blocks), queries, [] if gains[0] is None else gains, eps, scale)
         attend = build.call(torch.ops.attnres.attend_blocks.default, *given, like=first)
         parts = [build.call(operator.getitem, attend, i, like=first) for i in range(2 * len(sites))]
+        plain = sums.of(group, first) if len(first.args) > 6 else None
     partials = [site.sources[len(group.blocks) :] for site in sites]
-    return [_merged(build, site, *parts[i :: len(sites)], *partials[i]) for i, site in enumerate(sites)]
+    return [_merged(build, site, plain, *parts[i :: len(sites)], *partials[i]) for i, site in enumerate(sites)]
 
 
-def _merged(build: GraphBuilder, site: Site, mixed: Node, log_sum: Node, partial: Node | None = None) -> Site:
-    _, query, gain, eps, scale, is_sum = site.node.args
-    given = (mixed, log_sum, partial, query, gain, eps, scale, float(len(site.sources)) if is_sum else 1.0)
+def _merged(
+    build: GraphBuilder, site: Site, plain: Node | None, mixed: Node, log_sum: Node, partial: Node | None = None
+) -> Site:
+    _, query, gain, eps, scale, is_sum, *form = site.node.args
+    total = float(len(site.sources)) if is_sum else 1.0
+    given = (mixed, log_sum, partial, query, gain, eps, scale, total, *((plain, *form[:2]) if form else ()))
     with build.graph.inserting_before(site.node):
         node = build.call(torch.ops.attnres.merge_partial.default, *given, like=site.node)
     site.node.replace_all_uses_with(node)

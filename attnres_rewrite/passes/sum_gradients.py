@@ -72,7 +72,8 @@ class SumGradients(Pass):
         # Where a parameter is defined, and so before any mode that records no gradients.
         return [
             SiteParameters(
-                _called(module, gather, one.query), one.gain if one.gain is None else _called(module, gather, one.gain)
+                _called(module, gather, one.query),
+                *(None if node is None else _called(module, gather, node) for node in (one.gain, one.gate)),
             )
             for one in parameters
         ]
@@ -82,7 +83,7 @@ class SumGradients(Pass):
     ) -> None:
         """Every site has its own parameters."""
         for new, old in zip(result, parameters, strict=True):
-            pairs = ((new.query, old.query), (new.gain, old.gain))
+            pairs = ((new.query, old.query), (new.gain, old.gain), (new.gate, old.gate))
             if any(now is not then and (now is None or then not in now.all_input_nodes) for now, then in pairs):
                 raise PostconditionError(f"{new} does not compute from {old}")
 

@@ -94,7 +94,7 @@ def make_report(analysis: Analysis, config: AttnResConfig, parameters: int) -> R
 def _stream(plan: StreamPlan, config: AttnResConfig) -> StreamReport:
     stream, on_stream = plan.stream, {step.node for step in plan.stream.steps}
     root = require_tensor(stream.root)
-    per_site = stream.width * (2 if config.key_gain else 1)
+    per_site = stream.width * (2 if config.key_gain else 1) + config.gate
     layer_and_block = tuple(zip(plan.layer_of, plan.block_of, strict=True))
     blocks = tuple(
         tuple(dict.fromkeys(plan.layers[layer] for layer, block in layer_and_block if block == wanted))
