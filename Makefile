@@ -23,7 +23,7 @@ help:
 	@echo 'make demo      train a small Llama plain and rewritten, export it; options in ARGS="--steps 50"'
 	@echo 'make test      run the tests; options for pytest in ARGS="-k op"'
 	@echo 'make test-slow run the tests that take more than a few seconds each'
-	@echo 'make test-consumers install what reads ONNX files beside ONNX Runtime, and run the tests of it'
+	@echo 'make test-consumers install what runs exported models beside ONNX Runtime, and run the tests of it'
 	@echo 'make test-oldest-onnxruntime export with the oldest ONNX Runtime allowed, and run a file in an older one'
 	@echo 'make zoo       rewrite every architecture in tests/zoo and print what was accepted and refused'
 	@echo 'make test-gpu  run the tests that need CUDA, with PYTHON=... (now: $(PYTHON))'
@@ -60,9 +60,18 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m 'slow and not gpu' $(ARGS)
 
+test-consumers: TARGET = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	--target $(VENV)/consumers
 test-consumers: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[consumers]'
-	$(BIN)/python -m pytest tests/test_onnx_consumers.py tests/test_onnx_kernel.py $(ARGS)
+	@# Optimum asks for transformers 4, and torchao, which ExecuTorch needs, is used by transformers and peft where they
+	@# find it. So they are in folders of their own, over what is installed; and with what running a model needs only.
+	$(TARGET)/optimum 'optimum-onnx==0.1.*' 'optimum==2.1.*' 'transformers==4.57.*' 'huggingface-hub<1' 'tokenizers<0.23'
+	$(TARGET)/executorch 'executorch==1.5.*' 'torchao==0.18.*' ruamel.yaml tabulate
+	@# The scripts would fetch libraries for CUDA.
+	@! command -v npm >/dev/null || npm install --silent --no-audit --no-fund --ignore-scripts \
+		--prefix $(VENV)/consumers/node onnxruntime-node@1.30 onnxruntime-web@1.30
+	$(BIN)/python -m pytest tests/test_onnx_consumers.py tests/test_onnx_kernel.py tests/test_runtimes.py $(ARGS)
 
 # 1.23 is what pyproject.toml asks for; it runs in the place of the installed one. 1.20 is not enough to export with the
 # default opset, and has an environment of its own to run a file of opset 21 in.

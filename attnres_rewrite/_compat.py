@@ -132,6 +132,7 @@ def operators_run(
         Its results; and for every ATen operator that ran: its name, whether it drew random numbers, and the storages
         that it wrote into.
     """
+    from torch._dispatch.python import enable_python_dispatcher
     from torch.utils._python_dispatch import TorchDispatchMode
 
     found: list[tuple[str, bool, set[int]]] = []
@@ -150,7 +151,9 @@ def operators_run(
 
     # Tensors that operators make of numbers have to be fake too.
     fake = next((tensor.fake_mode for tensor in tensors_in(arguments) if hasattr(tensor, "fake_mode")), None)
-    with torch.no_grad(), fake or contextlib.nullcontext(), Recording():  # type: ignore[no-untyped-call]
+    # Without the Python dispatcher a product of matrices with symbolic sizes fails in torch 2.11.
+    python = enable_python_dispatcher()
+    with torch.no_grad(), fake or contextlib.nullcontext(), python, Recording():  # type: ignore[no-untyped-call]
         results = function(*arguments)
     return tuple(results), found
 
@@ -597,8 +600,28 @@ def tracing_settings(scalars: bool, *, whole: bool = False) -> contextlib.Abstra
     # ``logger.warning_once``, which transformers adds to the class.
     warn_once = getattr(logging.Logger, "warning_once", None)
     if warn_once is not None and warn_once not in config.ignore_logging_functions:
-        changes["ignore_logging_functions"] = {*config.ignore_logging_functions, warn_once}
+        functions = {*config.ignore_logging_functions, warn_once}
+        changes["ignore_logging_functions"] = _Unlogged.fromkeys(functions) if _logs_functions() else functions
     return config.patch(**changes) if changes else contextlib.nullcontext()
+
+
+class _Unlogged(dict[Any, None]):
+    """Keys that JSON does not see, in the place of a set; torch 2.11 writes the settings of a compilation as JSON."""
+
+    def items(self) -> Any:
+        """None."""
+        return {}.items()
+
+
+@functools.cache
+def _logs_functions() -> bool:
+    """Whether this release fails to log its settings while functions are among them; it logs an error if it does."""
+    with torch._dynamo.config.patch(ignore_logging_functions={print}):
+        try:
+            torch._dynamo.utils._get_dynamo_config_for_logging()
+        except TypeError:
+            return True
+    return False
 
 
 def without_recompile_limit() -> Any:

@@ -1,7 +1,6 @@
 """What is in an exported file for those who read it: other runtimes and tools, and people."""
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import WIDTH, Tower, embeddings, llama, randomise_sites, token_ids
+from models import WIDTH, Tower, embeddings, randomise_sites, token_ids
 from torch import Tensor, nn
 
 import attnres_rewrite as ar
@@ -169,6 +168,8 @@ def test_weights_are_quantised_and_sites_stay(tower: Exported, tmp_path: Path, b
 def test_the_version_converter_takes_standard_operators(plain: Exported) -> None:
     converted = pytest.importorskip("onnx.version_converter").convert_version(onnx.load(plain.path), 24)
     assert not converted.functions
+    if not export._is_run(24):
+        pytest.skip(f"ONNX Runtime {onnxruntime.__version__} runs no opset 24")
     plain.check(run(converted, x=plain.x))
 
 
@@ -177,37 +178,6 @@ def test_openvino_takes_standard_operators(plain: Exported) -> None:
     openvino = pytest.importorskip("openvino")
     compiled = openvino.Core().compile_model(str(plain.path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     plain.check(compiled({"x": plain.x.numpy()})[0])
-
-
-@pytest.mark.slow
-def test_onnxruntime_genai_generates_what_pytorch_does(tmp_path: Path) -> None:
-    genai = pytest.importorskip("onnxruntime_genai")
-    model, ids = randomise_sites(ar.rewrite(llama(3).eval(), blocks=2, backend="eager")), token_ids(1, 5)
-    example = {"input_ids": token_ids(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
-    ar.export_onnx(model, tmp_path / "model.onnx", example, use_cache=True)
-    model.generation_config.eos_token_id = None
-    with torch.no_grad():
-        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)[0]
-    absent = next(token for token in range(model.config.vocab_size) if token not in expected)
-    folder = genai_config(model.config, eos=absent)
-    (tmp_path / "genai_config.json").write_text(json.dumps(folder))
-    loaded = genai.Model(str(tmp_path))
-    parameters = genai.GeneratorParams(loaded)
-    parameters.set_search_options(max_length=21, batch_size=1)
-    generator = genai.Generator(loaded, parameters)
-    generator.append_tokens(ids.numpy())
-    while not generator.is_done():
-        generator.generate_next_token()
-    assert list(generator.get_sequence(0)) == expected.tolist()
-
-
-def genai_config(config: Any, eos: int) -> dict[str, Any]:
-    """As docs/onnx.md shows it."""
-    page = (ROOT / "docs" / "onnx.md").read_text()
-    code = page.partition("<!-- genai_config -->\n\n```py\n")[2].partition("```")[0]
-    names: dict[str, Any] = {"config": config, "eos": eos}
-    exec(code, names)
-    return dict(names["genai_config"])
 
 
 OTHER = """

@@ -342,7 +342,7 @@ def test_what_stays_a_function_is_told(library: Path, tower: Any, tmp_path: Path
 @pytest.mark.slow
 def test_onnxruntime_genai_runs_the_kernel(library: Path, tmp_path: Path) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
-    from test_onnx_consumers import genai_config
+    from test_runtimes import genai_config
 
     config = ar.AttnResConfig(blocks=2, aggregation="sum")
     model, ids = randomise_sites(ar.rewrite(llama(3).eval(), config=config, backend="eager")), token_ids(1, 5)

@@ -164,6 +164,18 @@ def test_the_folder_says_how_to_load_it(tmp_path) -> None:
         AutoModelForCausalLM.from_config(config)
 
 
+def test_a_save_that_fails_leaves_no_new_folder(tmp_path) -> None:
+    model = trained()
+    (tmp_path / "mine").mkdir()
+    for name in ("new", "mine"):
+        # Which is read after the configuration has been written.
+        with pytest.raises(ValueError, match="much"):
+            model.save_pretrained(tmp_path / name, max_shard_size="much")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["config.json", "generation_config.json"]
+    assert not hasattr(model.config, "quantization_config")
+
+
 @pytest.mark.slow
 def test_a_push_to_the_hub_says_how_to_load_it(tmp_path, monkeypatch) -> None:
     """Which writes a card of its own. Nothing goes out: what would be uploaded is kept, and loaded."""

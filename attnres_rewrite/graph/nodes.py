@@ -73,7 +73,8 @@ def op_name(node: Node) -> str:
         return str(target.overloadpacket.__name__)
     if isinstance(target, str):
         return target.rsplit(".", 1)[-1]
-    return str(getattr(target, "__name__", target))
+    # In torch 2.11 Dynamo calls the methods of a DTensor ``prim from_local`` and ``prim_to_local``.
+    return str(getattr(target, "__name__", target)).removeprefix("prim ").removeprefix("prim_")
 
 
 def indices(graph: Graph) -> dict[Node, int]:

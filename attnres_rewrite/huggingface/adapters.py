@@ -2,7 +2,8 @@
 
 peft freezes what a model has and saves what it added. Sites that train beside an adapter are neither, unless
 ``modules_to_save=["attn_res"]`` makes them a part of it. Nothing of a rewritten model is called when an adapter is
-saved or loaded, so the two methods of ``PeftModel`` are wrapped; of a model without sites they are the same.
+saved or loaded, so methods of ``PeftModel`` are wrapped; of a model without sites they are the same. An adapter that
+does not fit is taken off again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ def watch_adapters(module: Any) -> None:
     kind = module.PeftModel
     kind.save_pretrained = _saving(kind.save_pretrained)
     kind.load_adapter = _loading(kind.load_adapter)
+    kind.from_pretrained = classmethod(_making(kind.from_pretrained.__func__))
 
 
 def _saving(method: Any) -> Any:
@@ -42,17 +44,48 @@ def _saving(method: Any) -> Any:
 
 def _loading(method: Any) -> Any:
     @functools.wraps(method)
-    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = method(self, *args, **kwargs)
-        lost = [key for key in getattr(result, "unexpected_keys", ()) if ".attn_res." in key]
-        if lost:
-            raise CheckpointError(
-                f"this adapter was trained with Attention Residuals ({lost[0]}), and the model that it is loaded into "
-                "has none: rewrite the base model with the same blocks before the adapter is loaded"
-            )
+    def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        is_new = adapter_name not in self.peft_config
+        try:
+            result = method(self, model_id, adapter_name, *args, **kwargs)
+            _require_sites(result)
+        except CheckpointError:
+            if is_new and adapter_name in self.peft_config:
+                self.delete_adapter(adapter_name)
+            raise
         return result
 
     return load_adapter
+
+
+def _making(method: Any) -> Any:
+    @functools.wraps(method)
+    def from_pretrained(cls: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        children = [(parent, *named) for parent in model.modules() for named in parent.named_children()]
+        required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        attributes = set(vars(model))
+        try:
+            return method(cls, model, *args, **kwargs)
+        except CheckpointError:
+            # ``unload`` of peft would leave its copies of the modules that an adapter carries.
+            for parent, name, child in children:
+                setattr(parent, name, child)
+            for name in vars(model).keys() - attributes:
+                delattr(model, name)
+            for parameter, requires_grad in required:
+                parameter.requires_grad_(requires_grad)
+            raise
+
+    return from_pretrained
+
+
+def _require_sites(result: Any) -> None:
+    lost = [key for key in getattr(result, "unexpected_keys", ()) if ".attn_res." in key]
+    if lost:
+        raise CheckpointError(
+            f"this adapter was trained with Attention Residuals ({lost[0]}), and the model that it is loaded into "
+            "has none: rewrite the base model with the same blocks before the adapter is loaded"
+        )
 
 
 def _is_saved(config: Any) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,13 +64,13 @@ class SavesRecord:
         if not any(live_forwards(model)):
             # ``undo`` of the owner by itself does not reach what is around it.
             return type(model).save_pretrained(model, save_directory, *args, **kwargs)
-        with recorded_in(model.config, model):
-            folder = Path(save_directory)
-            if kwargs.get("is_main_process", True) and not folder.is_file():
-                folder.mkdir(parents=True, exist_ok=True)
-                if not (card := folder / "README.md").exists():
-                    card.write_text(_HEADER + _card(model))
-            return type(model).save_pretrained(model, save_directory, *args, **kwargs)
+        writes, folder = kwargs.get("is_main_process", True), Path(save_directory)
+        with recorded_in(model.config, model), _removed_on_failure(folder) if writes else contextlib.nullcontext():
+            result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
+            # With an upload there is one: ``UploadsCard`` comes before.
+            if writes and folder.is_dir() and not (card := folder / "README.md").exists():
+                card.write_text(_HEADER + _card(model))
+            return result
 
 
 class UploadsCard:
@@ -85,6 +86,18 @@ class UploadsCard:
         if _SECTION not in text and any(live_forwards(self.model)):
             card.write_text(f"{text.rstrip()}\n\n{_card(self.model)}")
         return getattr(type(self.model), _compat.UPLOAD)(self.model, working_dir, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    """Within the context a ``folder`` that was not there before stays only if nothing is raised."""
+    is_new = not folder.exists()
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _card(model: Any) -> str:
