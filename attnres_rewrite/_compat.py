@@ -773,16 +773,20 @@ def is_flattened_by_fsdp(module: torch.nn.Module) -> bool:
     return not isinstance(first, torch.nn.Parameter) or bool(getattr(first, "_fsdp_flattened", False))
 
 
-def split_by_pipelining() -> tuple[torch.nn.Module, Mapping[str, Any]] | None:
-    """The module that ``pipeline`` of ``torch.distributed.pipelining`` is tracing, and where it is to be split by name.
+def split_by_pipelining() -> tuple[torch.nn.Module, Mapping[str, bool]] | None:
+    """The module that ``pipeline`` of ``torch.distributed.pipelining`` is tracing, and the modules it is cut at.
 
-    What annotates the places says nothing where it does not find a call, but what traces is on the stack.
+    With each whether the cut is before the module, not after it. What marks the places says nothing where it does not
+    find a call, but what traces is on the stack. The marks of an earlier ``pipeline`` are still there, and cut.
     """
-    module, frame = sys.modules.get("torch.distributed.pipelining"), inspect.currentframe()
-    code = module.pipeline.__code__ if module is not None else None
+    package, frame = sys.modules.get("torch.distributed.pipelining"), inspect.currentframe()
+    code = package.pipeline.__code__ if package is not None else None
     while frame is not None and code is not None:
         if frame.f_code is code:
-            return (frame.f_locals["module"], frame.f_locals["split_spec"]) if frame.f_locals["split_spec"] else None
+            module: torch.nn.Module = frame.f_locals["module"]
+            before = sys.modules["torch.distributed.pipelining._IR"]._split_before_forward
+            marked = {n: part for n, part in module.named_modules() if "_orig_forward" in vars(part)}
+            return (module, {name: part.forward.__func__ is before for name, part in marked.items()})
         frame = frame.f_back
     return None
 

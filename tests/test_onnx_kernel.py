@@ -342,7 +342,7 @@ def test_what_stays_a_function_is_told(library: Path, tower: Any, tmp_path: Path
 @pytest.mark.slow
 def test_onnxruntime_genai_runs_the_kernel(library: Path, tmp_path: Path) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
-    from test_runtimes import genai_config
+    from test_runtimes import recipe
 
     config = ar.AttnResConfig(blocks=2, aggregation="sum")
     model, ids = randomise_sites(ar.rewrite(llama(3).eval(), config=config, backend="eager")), token_ids(1, 5)
@@ -355,7 +355,9 @@ def test_onnxruntime_genai_runs_the_kernel(library: Path, tmp_path: Path) -> Non
     # It takes libraries from the folder of the model alone.
     beside = shutil.copy(library, tmp_path / "attnres_kernel.so")
     registered = register(onnxruntime.SessionOptions(), path, library=beside)
-    folder = genai_config(model.config, eos=absent)
+    names: dict[str, Any] = {"config": model.config, "eos": absent}
+    exec(recipe("genai_config"), names)
+    folder = names["genai_config"]
     folder["model"]["decoder"]["session_options"] |= {
         "custom_ops_library": beside.name,
         "attnres.domains.0": ",".join(registered.domains),

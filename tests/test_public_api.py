@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import attnres_rewrite as ar
+from attnres_rewrite import distributed
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,6 +90,15 @@ def test_names_of_the_onnx_module() -> None:
     assert all(len(inspect.getdoc(getattr(ar.onnx, name)) or "") > 40 for name in own)
     assert list(inspect.signature(ar.onnx.register).parameters) == ["session_options", "model", "library"]
     assert list(inspect.signature(ar.onnx.build_kernel).parameters) == ["out", "compiler"]
+
+
+def test_names_for_several_processes() -> None:
+    """In a module of its own, which imports PyTorch's engines when it is asked for one of them."""
+    parameters = list(inspect.signature(distributed.build_stages).parameters)
+    assert parameters == ["pipe", "device", "group", "cached"]
+    assert len(inspect.getdoc(distributed.build_stages) or "") > 40
+    with pytest.raises(AttributeError, match="has no attribute 'build_stage'"):
+        distributed.build_stage  # noqa: B018
 
 
 @pytest.mark.parametrize("name", ERRORS)

@@ -1,6 +1,7 @@
 """Where PyTorch's engines for several processes meet rewritten models; :mod:`planning` reckons what they cost there.
 
 :mod:`checkpoints` compares the settings of a distributed checkpoint with those of a model before any weight is read.
+:mod:`pipelining` makes the stages of a pipeline, of which :mod:`routes` says what crosses between them.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from attnres_rewrite import _compat
 
 if TYPE_CHECKING:
+    from attnres_rewrite.distributed.pipelining import build_stages as build_stages
     from attnres_rewrite.distributed.planning import Plan as Plan
     from attnres_rewrite.distributed.planning import plan as plan
 
-_HOMES = {"Plan": "planning", "plan": "planning"}
+_HOMES = {"Plan": "planning", "plan": "planning", "build_stages": "pipelining"}
 
 
 def tell_torch() -> None:

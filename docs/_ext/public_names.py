@@ -10,6 +10,7 @@ from typing import Any
 from docutils import nodes
 
 import attnres_rewrite
+import attnres_rewrite.distributed
 from attnres_rewrite.report import StreamReport
 
 PAGE = "reference"
@@ -51,7 +52,10 @@ GROUPS = {
 }
 
 # What is public in a module of the package, by the section that it is in too.
-IN_MODULES = {"Compile and export it": ["onnx.register", "onnx.RegisteredKernel", "onnx.build_kernel"]}
+IN_MODULES = {
+    "Compile and export it": ["onnx.register", "onnx.RegisteredKernel", "onnx.build_kernel"],
+    "Train it on several processes": ["distributed.build_stages", "distributed.plan", "distributed.Plan"],
+}
 
 # What a public name consists of, and is documented after it.
 PARTS = {"Report": StreamReport}
@@ -66,8 +70,9 @@ def ungrouped() -> list[str]:
 def sections() -> str:
     """The sections of the page, in Markdown."""
     groups = {**GROUPS, "Others": ungrouped()}
-    entries = {title: [*names, *IN_MODULES.get(title, [])] for title, names in groups.items() if names}
-    return "\n".join(f"## {title}\n\n{''.join(map(_entries, names))}" for title, names in entries.items())
+    groups["Train it on several processes"] = []
+    entries = {title: [*names, *IN_MODULES.get(title, [])] for title, names in groups.items()}
+    return "\n".join(f"## {title}\n\n{''.join(map(_entries, names))}" for title, names in entries.items() if names)
 
 
 def _entries(name: str) -> str:
