@@ -226,6 +226,11 @@ def recompute_tags(region_id: int) -> dict[str, Any]:
     return {**recompute_tag(), "ac_graph_id": region_id}
 
 
+def forget_input_values(node: torch.fx.Node) -> None:
+    """Forget the arguments that ``node`` was traced with, after some were added: Inductor would drop those."""
+    node.meta.pop("eager_input_vals", None)
+
+
 def recompute_tag() -> dict[str, Any]:
     """Node metadata that makes the partitioner recompute a node, which belongs to no region, in the backward."""
     from torch.utils.checkpoint import CheckpointPolicy
@@ -322,6 +327,13 @@ def uses_cpp_wrapper(options: Any) -> bool:
     import torch._inductor.config as config
 
     return bool((options or {}).get("cpp_wrapper", config.cpp_wrapper))
+
+
+def compile_cpp(source: str) -> Any:
+    """The functions of a C++ source, as ``ctypes`` calls them, compiled and cached as Inductor's own kernels are."""
+    from torch._inductor.codecache import CppCodeCache
+
+    return CppCodeCache.load(source, extra_flags=("-ftree-loop-vectorize", "-ffp-contract=fast"))
 
 
 def inductor_compile(
@@ -643,6 +655,13 @@ def fake_mode() -> FakeTensorMode:
 def tensors_in(tree: Any) -> list[torch.Tensor]:
     """The tensors in a nest of containers, in order."""
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor``, fake or not, is no tensor of tensors, as a ``DTensor`` is."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return not is_traceable_wrapper_subclass(tensor)
 
 
 def storage_of(tensor: torch.Tensor) -> int | None:

@@ -29,9 +29,10 @@ from torch.utils.checkpoint import checkpoint
 
 import attnres_rewrite as ar
 from attnres_rewrite import _compat
-from attnres_rewrite.forms import saved_activations
+from attnres_rewrite.forms import backend, saved_activations
 from attnres_rewrite.forms.backend import AttnResBackend
-from attnres_rewrite.graph.nodes import GraphBuilder
+from attnres_rewrite.graph.nodes import GraphBuilder, op_name
+from attnres_rewrite.ops import attend_blocks_native
 from attnres_rewrite.passes import Outlined, OutlineLayers, PostconditionError
 from attnres_rewrite.passes.bodies import Body
 from attnres_rewrite.passes.outline_layers import BODY
@@ -40,6 +41,7 @@ from attnres_rewrite.passes.sections import Section
 aten = torch.ops.aten
 INVOKE = torch.ops.higher_order.invoke_subgraph
 TOLERANCE = 1e-6  # float32
+EXACT = 1e-11  # float64
 
 
 @pytest.fixture
@@ -62,12 +64,13 @@ def rewritten(
     how: str,
     blocks: object,
     backend: str = "aot_eager",
+    dtype: torch.dtype = torch.float32,
     **options: object,
 ) -> nn.Module:
     # Biases keep something of what they start from.
     torch.manual_seed(0)
-    model = prepared(make())
-    config = ar.AttnResConfig(blocks, compile_layers=how, **options)
+    model = prepared(make()).to(dtype)
+    config = ar.AttnResConfig(**{"blocks": blocks, "schedule": "two_phase", **options}, compile_layers=how)
     ar.rewrite(model, config=config, example_inputs=(inputs,), backend=backend)
     return randomise_sites(model).train()
 
@@ -76,7 +79,8 @@ def step(model: nn.Module, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The outputs of a training step and the gradients of all parameters that have one."""
     torch.manual_seed(0)
     output = logits(model(inputs))
-    (output.float() * torch.linspace(-1, 1, output.shape[-1])).square().mean().backward()
+    wide = output if output.dtype == torch.float64 else output.float()
+    (wide * torch.linspace(-1, 1, wide.shape[-1], dtype=wide.dtype)).square().mean().backward()
     return output.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -85,23 +89,26 @@ def assert_as_inline(
     inputs: Tensor,
     blocks: object,
     prepare: Callable[[nn.Module], nn.Module | None] = lambda model: None,
+    dtype: torch.dtype = torch.float64,
     **options: object,
 ) -> None:
     """Output and gradients of a training step are those of the inline form.
 
-    Before it, ``prepare`` may change the model, or give what runs it.
+    Before it, ``prepare`` may change the model, or give what runs it. In float32 the two differ by rounding: each is
+    some 1e-5 from what float64 gives for the gradients of a tower.
     """
-    found = []
+    tolerance, found = EXACT if dtype == torch.float64 else TOLERANCE, []
+    inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
     for how in ("inline", "once"):
-        model = rewritten(make, inputs, how, blocks, **options)
+        model = rewritten(make, inputs, how, blocks, dtype=dtype, **options)
         model = prepare(model) or model
         found.append(step(model, inputs))
         torch._dynamo.reset()
     (expected, gradients), (output, own) = found
-    assert relative_error(output, expected) < TOLERANCE
+    assert relative_error(output, expected) < tolerance
     assert own.keys() == gradients.keys() != set()
     for name, gradient in gradients.items():
-        assert relative_error(own[name], gradient) < TOLERANCE, name
+        assert relative_error(own[name], gradient) < tolerance, name
 
 
 class Branchy(Tower):
@@ -122,6 +129,69 @@ def test_numbers_of_the_inline_form(outlined, sizes: tuple[int, ...], schedule: 
     layers, blocks = sum(sizes), list(sizes)
     assert_as_inline(lambda: Tower(layers), embeddings(), blocks, schedule=schedule)
     assert [(found.calls, found.inline) for found in outlined] == [((2 * layers,), ())]
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
+    """The graphs with the calls."""
+    found: list[fx.GraphModule] = []
+    monkeypatch.setattr(OutlineLayers, "ensures", lambda self, module, *_: found.append(module))
+    return found
+
+
+def names(graph: fx.Graph) -> list[str]:
+    return [op_name(node) for node in graph.nodes]
+
+
+# Blocks that end within a layer have MLPs that begin one.
+@pytest.mark.parametrize(
+    ("blocks", "settings", "attended"),
+    [
+        ("full", {}, 6),
+        pytest.param([2, 1], {}, 2, marks=pytest.mark.slow),
+        pytest.param([2, 1], {"aggregation": "sum", "key_gain": False}, 2, marks=pytest.mark.slow),
+        pytest.param(8, {"sublayers_per_block": 3}, 2, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("native", mostly_slow([True, False], True))
+def test_reads_are_in_the_bodies(outlined, graphs, monkeypatch, blocks, settings, attended: int, native: bool) -> None:
+    """Between the calls there is phase one, and the read after the last layer."""
+    if not native:
+        monkeypatch.setattr(attend_blocks_native, "library", lambda dtype: None)
+    assert_as_inline(lambda: Tower(3), embeddings(), blocks, **settings)
+    (found,), (module,) = outlined, graphs
+    assert (found.calls, found.inline) == ((6,), ())
+    outside = names(module.graph)
+    assert outside.count("merge_partial") == 1
+    assert outside.count("attend_blocks_native" if native else "attend_blocks") == attended
+    assert names(getattr(module, f"{BODY}_0").graph).count("merge_partial") == 1
+
+
+def test_reads_of_another_form_stay_between_the_calls(outlined, graphs) -> None:
+    assert_as_inline(lambda: Tower(3), embeddings(), [2, 1], aggregation="add", gate=True)
+    (found,), (module,) = outlined, graphs
+    assert sum(found.calls) == 6
+    assert names(module.graph).count("merge_partial") == 6
+
+
+def test_nothing_is_inserted_where_all_reads_are_alike(outlined, graphs) -> None:
+    """With a layer a block no attention has a partial, and every MLP has one."""
+
+    class Kinds(Tower):
+        def __init__(self) -> None:
+            super().__init__(3)
+            for layer in self.layers:
+                layer.second.norm = nn.LayerNorm(WIDTH, eps=1e-3)
+
+    assert_as_inline(Kinds, embeddings(), 3)
+    assert outlined[-1].calls == (3, 3)
+    assert names(graphs[-1].graph).count("add") == 0
+
+
+def test_zeros_without_an_epsilon_have_no_norm(outlined, graphs) -> None:
+    assert_as_inline(lambda: Tower(2), embeddings(), 2, eps=0.0)
+    assert outlined[-1].calls == (4,)
+    assert names(graphs[-1].graph).count("no_partial") == 0
 
 
 @pytest.mark.slow
@@ -344,26 +414,32 @@ def test_values_of_the_field() -> None:
 @pytest.mark.slow
 def test_dynamic_length(outlined) -> None:
     """One graph for every length, with bodies that take the length too."""
-    make = lambda: Tower(2)  # noqa: E731
-    expected = {length: step(rewritten(make, embeddings(), "inline", 2), embeddings(2, length)) for length in (5, 7)}
-    torch._dynamo.reset()
-    model = rewritten(make, embeddings(), "once", 2)
+    inline, model = (
+        rewritten(lambda: Tower(2), embeddings().double(), how, 2, dtype=torch.float64) for how in ("inline", "once")
+    )
+    expected = {}
+    for length in (5, 7):
+        inline.zero_grad()
+        expected[length] = step(inline, embeddings(2, length).double())
+        torch._dynamo.reset()
     for length, (output, gradients) in expected.items():
         model.zero_grad()
-        inputs = embeddings(2, length)
+        inputs = embeddings(2, length).double()
         torch._dynamo.mark_dynamic(inputs, 1)
         own, found = step(model, inputs)
-        assert relative_error(own, output) < TOLERANCE
-        assert max(relative_error(found[name], gradients[name]) for name in gradients) < TOLERANCE
+        assert relative_error(own, output) < EXACT
+        assert max(relative_error(found[name], gradients[name]) for name in gradients) < EXACT
     assert [found.calls for found in outlined] == [(4,)]
 
 
 @pytest.mark.slow
 def test_dynamic_length_of_a_model(outlined) -> None:
-    model, inline = (rewritten(lambda: llama(3), token_ids(), how, 2) for how in ("once", "inline"))
+    model, inline = (
+        rewritten(lambda: llama(3), token_ids(), how, 2, dtype=torch.float64) for how in ("once", "inline")
+    )
     for length in (5, 9, 17):
         own, expected = (step(each, token_ids(2, length))[0] for each in (model, inline))
-        assert relative_error(own, expected) < TOLERANCE
+        assert relative_error(own, expected) < EXACT
     assert all(found.calls == (3, 3) for found in outlined)
 
 
@@ -387,7 +463,8 @@ def test_modes_around_layers(outlined, mode: Callable[[], Any], calls: tuple[int
                 x = layer(x)
             return self.head(self.norm(x))
 
-    assert_as_inline(lambda: Within(4), embeddings(), 2)
+    # Autocast leaves float64 as it is.
+    assert_as_inline(lambda: Within(4), embeddings(), 2, dtype=torch.float32, schedule="per_read")
     assert outlined[-1].calls == calls
 
 
@@ -400,7 +477,7 @@ def test_autocast() -> None:
             found.append(step(model, token_ids()))
         torch._dynamo.reset()
     (expected, gradients), (output, own) = found
-    assert torch.equal(output, expected)
+    assert relative_error(output, expected) < 2**-8
     assert max(relative_error(own[name], gradients[name]) for name in gradients) < 2**-8
 
 
@@ -442,13 +519,34 @@ def test_inductor_compiles_a_body_once(outlined, monkeypatch, training: bool) ->
     monkeypatch.setattr(saved_activations, "take_operands_from_outside", counted)
     found = []
     for how in ("inline", "once"):
-        model = rewritten(lambda: llama(4), token_ids(), how, 3, "inductor").train(training)
+        # In float64, as rounding differs between kernels; but the norms of a Llama are in float32 there too.
+        model = rewritten(lambda: llama(4), token_ids(), how, 3, "inductor", torch.float64).train(training)
         with torch.set_grad_enabled(training), fresh_inductor_cache():
             found.append(step(model, token_ids()) if training else (logits(model(token_ids())), {}))
         torch._dynamo.reset()
     (expected, gradients), (output, own) = found
     assert relative_error(output, expected) < TOLERANCE
-    # Kernels that are fused in another way sum in another order: 1.03e-6 on torch 2.11.
-    assert max((relative_error(own[name], gradients[name]) for name in gradients), default=0.0) < 2 * TOLERANCE
+    # The inline form differs as much from eager mode.
+    assert max((relative_error(own[name], gradients[name]) for name in gradients), default=0.0) < 3e-5
     assert outlined[-1].calls == (4, 4)
     assert len(called) == (4 if training else 2)
+
+
+@pytest.mark.slow
+def test_inductor_without_the_compiled_function(monkeypatch) -> None:
+    """Phase one is expanded, and its log-sums, which are parts of one tensor there, are copied for the bodies."""
+    monkeypatch.setattr(attend_blocks_native, "library", lambda dtype: None)
+    assert_as_inline(lambda: Tower(3), embeddings(), [2, 1], backend="inductor")
+
+
+@pytest.mark.parametrize(
+    ("how", "blocks", "warns"), [("inline", "full", True), ("once", "full", False), ("inline", 2, False)]
+)
+def test_a_long_compilation_is_announced(monkeypatch, caplog, how: str, blocks: object, warns: bool) -> None:
+    monkeypatch.setattr(backend, "_MANY_SOURCES", 4)
+    monkeypatch.setattr(_compat, "inductor_compile", lambda module, *_: module.forward)
+    model = rewritten(lambda: Tower(2), embeddings(), how, blocks, "inductor")
+    with caplog.at_level(logging.WARNING, logger="attnres_rewrite"):
+        model(embeddings())
+    assert ("up to 5 sources, 14 in all" in caplog.text) == warns
+    assert ('compile_layers="once"' in caplog.text) == warns

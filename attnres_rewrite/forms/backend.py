@@ -18,12 +18,15 @@ from attnres_rewrite.forms.anchor import Anchor, anchors_of
 from attnres_rewrite.forms.saved_activations import recompute_results
 from attnres_rewrite.forms.wrappers import require_known_sites
 from attnres_rewrite.graph.nodes import is_inside, require_tensor, source_line
+from attnres_rewrite.ops.attend_blocks_native import takes
 from attnres_rewrite.passes import Refusal, RefuseNonSums, Site, SiteParameters
 from attnres_rewrite.pipeline import find_streams, insert, outline
 from attnres_rewrite.streams import ResidualStream, StreamPlan
 
 # Rows, tokens of all sequences, up to which the schedule "auto" goes read by read.
 _FEW_ROWS = 8
+# Sources of a read from which Inductor takes minutes for what is written out for every one.
+_MANY_SOURCES = 24
 # Backends that are known to differentiate and compile the body of a call as they do the graph around it.
 _TAKE_BODIES = ("inductor", "aot_eager", "aot_eager_decomp_partition")
 
@@ -91,7 +94,9 @@ class AttnResBackend:
         # the sources that it saves.
         shares = config.schedule == "auto" and not config.value_norm
         if shares and self.inner == "inductor" and not _has_few_rows(plan):
-            return dataclasses.replace(config, schedule="two_phase")
+            config = dataclasses.replace(config, schedule="two_phase")
+        if self.inner == "inductor":
+            _warn_of_long_compilation(plan, config)
         return config
 
     def _why_inline(self, options: dict[str, Any] | None) -> str | None:
@@ -192,6 +197,22 @@ def _outlined(module: GraphModule, rewritten: Sequence[tuple[AttnResConfig, Resi
     sites = list(itertools.chain.from_iterable(own for _, _, own in rewritten))
     once = [(stream, own) for config, stream, own in rewritten if config.compile_layers == "once"]
     return list(map(outline(module, once), sites)) if once else sites
+
+
+def _warn_of_long_compilation(plan: StreamPlan, config: AttnResConfig) -> None:
+    root = require_tensor(plan.stream.root)
+    in_one = config.compile_layers == "once" and config.schedule == "two_phase" and takes([root])
+    if max(plan.sources) <= _MANY_SOURCES or in_one:
+        return
+    _logger.warning(
+        "the reads of module %r have up to %d sources, %d in all, and Inductor writes out every one: the first call "
+        "may take many minutes (49 sources took over ten on two cores). Fewer blocks are faster to compile "
+        '(rewrite(model, blocks=8)), and so is AttnResConfig(compile_layers="once") with a batch of float tensors on a '
+        'CPU; rewrite(model, backend="aot_eager") compiles nothing',
+        plan.stream.owner or "(root)",
+        max(plan.sources),
+        sum(plan.sources),
+    )
 
 
 def _has_few_rows(plan: StreamPlan) -> bool:

@@ -15,15 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
 from attnres_rewrite import _compat
+from attnres_rewrite.forms.summed_gradients import sum_in_phase_one
 from attnres_rewrite.graph.nodes import tensor_of
 from attnres_rewrite.passes import PostconditionError
 from attnres_rewrite.passes.outline_layers import BODY
 
 # By name: the metadata of a node may hold a copy of the operator.
-_SITES = frozenset(f"attnres.{name}.default" for name in ("block_attn_res", "attend_blocks", "merge_partial"))
+_OPERATORS = ("block_attn_res", "attend_blocks", "attend_blocks_native", "merge_partial")
+_SITES = frozenset(f"attnres.{name}.default" for name in _OPERATORS)
 
 
 def recompute_results(graph: Graph) -> None:
@@ -33,6 +36,11 @@ def recompute_results(graph: Graph) -> None:
     What the user's own activation checkpointing has marked stays as it is.
     """
     take_operands_from_outside(graph)
+    sum_in_phase_one(graph)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.attnres.attend_blocks_native.default):
+        # One kernel for all its results: the partitioner takes a part of them only together with the rest.
+        for part in (node, *node.users):
+            part.meta.update(_compat.recompute_tag())
     for node in graph.nodes:
         if str(node.meta.get("original_aten")) in _SITES and "recompute" not in node.meta and _is_wide(node):
             node.meta.update(_compat.recompute_tag())

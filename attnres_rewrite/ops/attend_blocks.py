@@ -42,12 +42,12 @@ from attnres_rewrite.ops.pipelining import refuse_unsplit
 
 _FORWARD, _BACKWARD = "attnres::attend_blocks", "attnres::attend_blocks_backward"
 # No gains are an empty list. The result is the mixed of every read, then the log-sum of every read.
-_INPUTS = "Tensor[] blocks, Tensor[] queries, Tensor[] gains, float eps, float scale"
+INPUTS = "Tensor[] blocks, Tensor[] queries, Tensor[] gains, float eps, float scale"
 
-torch.library.define(_FORWARD, f"({_INPUTS}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.define(_FORWARD, f"({INPUTS}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
 # `wanted` has one flag per block, query and gain; only those gradients are returned.
 torch.library.define(
-    _BACKWARD, f"(Tensor[] grads, {_INPUTS}, bool[] wanted) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
+    _BACKWARD, f"(Tensor[] grads, {INPUTS}, bool[] wanted) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
 )
 
 
@@ -68,9 +68,10 @@ def _flat_logits(blocks: Sequence[Tensor], q: Tensor, eps: float, scale: float) 
     return inverse_rms, logits.mul_(inverse_rms).mul_(scale)
 
 
-def _forward(
+def forward(
     blocks: Sequence[Tensor], queries: Sequence[Tensor], gains: Sequence[Tensor], eps: float, scale: float
 ) -> list[Tensor]:
+    """Mixed of every read, then log-sum of every read, eagerly."""
     check_reads(blocks, queries, gains)
     refuse_tangents("attend_blocks", *blocks, *queries, *gains)
     shape = blocks[0].shape
@@ -90,7 +91,7 @@ def _forward(
         return [*mixed, *(of_read.reshape(*shape[:-1], 1).clone() for of_read in log_sum)]
 
 
-def _backward(
+def backward(
     grads: Sequence[Tensor],
     blocks: Sequence[Tensor],
     queries: Sequence[Tensor],
@@ -99,6 +100,7 @@ def _backward(
     scale: float,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
+    """The gradients that are ``wanted``, in the order of the inputs, eagerly."""
     refuse_tangents("attend_blocks_backward", *grads, *blocks, *queries, *gains)
     n, reads = len(blocks), len(queries)
     with torch.autocast(blocks[0].device.type, enabled=False):
@@ -131,9 +133,10 @@ def _backward(
         return found + vector_grads([row.clone() for row in d_q], queries, gains, wanted[n:])
 
 
-def _fake_forward(
+def fake_forward(
     blocks: Sequence[Tensor], queries: Sequence[Tensor], gains: Sequence[Tensor], eps: float, scale: float
 ) -> list[Tensor]:
+    """Shapes and dtypes of what :func:`forward` returns."""
     check_reads(blocks, queries, gains)
     refuse_unsplit()
     first, arithmetic = blocks[0], compute_dtype(*blocks, *queries, *gains)
@@ -141,7 +144,7 @@ def _fake_forward(
     return [*mixed, *(first.new_empty((*first.shape[:-1], 1), dtype=arithmetic) for _ in queries)]
 
 
-def _fake_backward(
+def fake_backward(
     grads: Sequence[Tensor],
     blocks: Sequence[Tensor],
     queries: Sequence[Tensor],
@@ -150,18 +153,21 @@ def _fake_backward(
     scale: float,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
+    """Shapes and dtypes of what :func:`backward` returns."""
     asked = zip((*blocks, *queries, *gains), wanted, strict=True)
     return [tensor.new_empty(tensor.shape) for tensor, want in asked if want]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    """Keep the inputs for the backward."""
     blocks, queries, gains, *ctx.settings = inputs
     ctx.counts = len(blocks), len(queries), len(gains)
     ctx.outputs_like = [(tensor.shape, tensor.dtype) for tensor in output]
     ctx.save_for_backward(*blocks, *queries, *gains)
 
 
-def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def differentiate(ctx: Any, grads: Sequence[Tensor | None], operator: Any) -> tuple[Any, ...]:
+    """The gradients of the inputs, found by ``operator``; under ``create_graph`` by what is differentiable itself."""
     n, reads, _ = ctx.counts
     blocks, queries, gains = ctx.saved_tensors[:n], ctx.saved_tensors[n : n + reads], ctx.saved_tensors[n + reads :]
     # What nothing was computed from has no gradient.
@@ -170,12 +176,14 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         for grad, (shape, dtype) in zip(grads, ctx.outputs_like, strict=True)
     ]
     wanted = [flag for flags in ctx.needs_input_grad[:3] for flag in flags]
-    # Under create_graph the gradients must be differentiable themselves.
-    differentiable = torch.is_grad_enabled()
-    backward: Any = expand_backward if differentiable else torch.ops.attnres.attend_blocks_backward
-    found = iter(backward(given, list(blocks), list(queries), list(gains), *ctx.settings, wanted))
+    find: Any = expand_backward if torch.is_grad_enabled() else operator
+    found = iter(find(given, list(blocks), list(queries), list(gains), *ctx.settings, wanted))
     by_input = [next(found) if want else None for want in wanted]
     return by_input[:n], by_input[n : n + reads], by_input[n + reads :], None, None
+
+
+def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    return differentiate(ctx, grads, torch.ops.attnres.attend_blocks_backward)
 
 
 def _lower_forward(blocks: Sequence[Tensor], *rest: Any) -> list[Tensor]:
@@ -190,17 +198,17 @@ def _lower_backward(grads: Sequence[Tensor], blocks: Sequence[Tensor], *rest: An
 
 
 def _register() -> None:
-    torch.library.impl(_FORWARD, "CompositeExplicitAutograd", _forward)
-    torch.library.impl(_BACKWARD, "CompositeExplicitAutograd", _backward)
-    torch.library.register_fake(_FORWARD, _fake_forward)
-    torch.library.register_fake(_BACKWARD, _fake_backward)
-    torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_setup_context)
+    torch.library.impl(_FORWARD, "CompositeExplicitAutograd", forward)
+    torch.library.impl(_BACKWARD, "CompositeExplicitAutograd", backward)
+    torch.library.register_fake(_FORWARD, fake_forward)
+    torch.library.register_fake(_BACKWARD, fake_backward)
+    torch.library.register_autograd(_FORWARD, _differentiate, setup_context=setup_context)
     # Under a torch.func transform the op is its expansion, which vmap, grad and jvp see through.
     torch.library.impl(_FORWARD, "FuncTorchDynamicLayerFrontMode", expand_forward)
 
     ops = torch.ops.attnres
-    register(ops.attend_blocks.default, expand_forward, _fake_forward)
-    register(ops.attend_blocks_backward.default, expand_backward, _fake_backward)
+    register(ops.attend_blocks.default, expand_forward, fake_forward)
+    register(ops.attend_blocks_backward.default, expand_backward, fake_backward)
     register_inductor_decomposition(ops.attend_blocks.default, _lower_forward)
     register_inductor_decomposition(ops.attend_blocks_backward.default, _lower_backward)
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch.fx import Graph, GraphModule, Node
 
 from attnres_rewrite import _compat
 from attnres_rewrite.errors import UnsupportedResidualError
 from attnres_rewrite.graph.nodes import indices
+from attnres_rewrite.passes.align_reads import ReadAligner, Span, call_phase_one, can_align, spans_of
 from attnres_rewrite.passes.base import Pass, PostconditionError, require_order
 from attnres_rewrite.passes.bodies import Body
 from attnres_rewrite.passes.insert_attnres import Site
-from attnres_rewrite.passes.sections import Section, modes, nodes_between, wants_gradients, why_it_stays
-from attnres_rewrite.patterns import Transparent
-from attnres_rewrite.patterns.operators import is_dropout
+from attnres_rewrite.passes.sections import Section, modes, wants_gradients, why_it_stays
 from attnres_rewrite.streams import ResidualStream
 
 # What the names of all bodies begin with; compilers add to it.
@@ -49,13 +48,16 @@ class OutlineLayers(Pass):
 
     ::
 
-        read ─► norm ─► attention ─► f            read ─► invoke_subgraph(body) ─► f
-        read'─► norm'─► attention'─► f'    to     read'─► invoke_subgraph(body) ─► f'
+        merge_partial ─► norm ─► attention ─► (+)           invoke_subgraph(body)
+        merge_partial'─► norm'─► attention'─► (+)'    to    invoke_subgraph(body)
 
-    A layer of attention and an MLP is two branches, so a model of alike layers has two bodies, whatever its blocks are:
-    sites and sums, which differ from layer to layer, stay between the calls. The values that a branch computes with are
-    the operands; two branches are alike if they have the same operators, with the same arguments, on values of the same
-    dtypes, shapes and strides.
+    A layer of attention and an MLP is two branches, so a model of alike layers has two bodies, whatever its blocks are.
+    The values that a branch computes with are the operands; two branches are alike if they have the same operators,
+    with the same arguments, on values of the same dtypes, shapes and strides.
+
+    Where the sites are in two phases, a body holds the second one too, and the sum that the branch joins:
+    :mod:`align_reads` gives them one form. The first phase, which differs in its number of blocks, stays between the
+    calls, on a CPU as one function for all numbers. Read by read, sites and sums stay between the calls.
 
     A branch stays as it is, with the reason in the log, if it is alone; or if running it elsewhere, or differentiating
     it once for all calls, might give other numbers: where it writes into memory, draws random numbers, changes a mode,
@@ -72,27 +74,18 @@ class OutlineLayers(Pass):
 
     def call(self, module: GraphModule, streams: Sequence[tuple[ResidualStream, Sequence[Site]]]) -> Outlined:
         """Outline, in place, the branches of all rewritten streams of a graph, each given with its sites."""
-        wanted, inline = wants_gradients(module.graph), list[tuple[str, str]]()
-        alike: dict[object, list[Section]] = {}
-        for name, section in _sections(module.graph, streams):
-            if (reason := why_it_stays(section)) is not None:
-                inline.append((name, reason))
-                continue
-            # A body is differentiated once, for the operands that want gradients in the call that is traced.
-            flags = tuple(wanted[node] for node in section.operands)
-            alike.setdefault((section.structure, flags), []).append(section)
-        calls: list[int] = []
-        replaced: dict[Node, Node] = {}
-        for sections in alike.values():
-            reason = _outline(module, sections, f"{BODY}_{len(calls)}", replaced)
-            if reason is None:
-                calls.append(len(sections))
-            else:
-                inline += [(section.nodes[-1].name, reason) for section in sections]
-        _sort(module.graph)
+        outliner, moved = _Outliner(module), dict[Node, Node]()
+        spans = list[Span]()
+        for stream, sites in streams:
+            own = spans_of(stream, sites)
+            moved |= _align(module, own, sites)
+            spans += own
+        outliner.outline(spans, Span.whole)
+        outliner.outline([span for span in spans if span not in outliner.done], Span.branch)
         module.graph.lint()
         module.recompile()
-        return Outlined(tuple(calls), tuple(inline), replaced)
+        replaced = {old: outliner.replaced.get(new, new) for old, new in moved.items()} | outliner.replaced
+        return Outlined(tuple(outliner.calls), tuple(outliner.inline), replaced)
 
     def ensures(self, module: GraphModule, result: Outlined, *inputs: object) -> None:
         """As many bodies and calls as the result says, and no call is given one value twice."""
@@ -115,23 +108,73 @@ class OutlineLayers(Pass):
         return f"{sum(result.calls)} branches call {len(result.calls)} bodies{inline}"
 
 
-def _sections(graph: Graph, streams: Sequence[tuple[ResidualStream, Sequence[Site]]]) -> Iterator[tuple[str, Section]]:
-    """The sections of all streams in graph order, each with the name of the branch output."""
-    index, mode_of, taken = indices(graph), dict(modes(graph)), set[Node]()
-    for stream, sites in streams:
-        reads = [_as_read(stream.root), *(site.read for site in sites)]
-        for read, branch in zip(reads, stream.branches, strict=False):
-            ends = [addend.node for step in branch.steps for addend in step.outputs]
-            nodes = nodes_between(read, ends, index)
-            if nodes and taken.isdisjoint(nodes):
-                taken.update(nodes)
-                yield nodes[-1].name, Section.of(nodes, mode_of[nodes[0]])
+def _align(module: GraphModule, spans: Sequence[Span], sites: Sequence[Site]) -> Mapping[Node, Node]:
+    """Give the reads of alike branches one form; returns what was put in the place of sources."""
+    aligned, moved = set[Span](), dict[Node, Node]()
+    if can_align(sites):
+        call_phase_one(sites)
+        aligner = ReadAligner(module, sites)
+        for group in _Outliner(module).groups(spans, Span.branch):
+            if len(group) > 1 and Body([section for _, section in group]).why_it_stays() is None:
+                aligned.update(span for span, _ in group)
+                aligner.align([span for span, _ in group])
+        moved = aligner.moved
+    for span in spans:
+        # Log-sums may be parts of one tensor, which the fake values do not say: a read that was not aligned stays out.
+        span.site = span.site if span in aligned else None
+    return moved
 
 
-def _as_read(root: Node) -> Node:
-    """What the first layer reads: the root behind a dropout that is off. Models set up what layers share after it."""
-    passed_on = [user for user in root.users if is_dropout(user) and Transparent().match(user) is root]
-    return passed_on[0] if len(passed_on) == 1 else root
+class _Outliner:
+    """Makes calls of what is computed alike.
+
+    Attributes:
+        calls: For every body, how many spans call it.
+        inline: For every span that stays as it is: its name and the reason, as of the last attempt.
+        replaced: For the nodes of outlined spans that are used outside: what is used instead.
+        done: The spans that are calls.
+    """
+
+    def __init__(self, module: GraphModule) -> None:
+        self.module = module
+        self.calls: list[int] = []
+        self.inline: list[tuple[str, str]] = []
+        self.replaced: dict[Node, Node] = {}
+        self.done: list[Span] = []
+
+    def outline(self, spans: Sequence[Span], nodes_of: Callable[[Span, Mapping[Node, int]], list[Node]]) -> None:
+        """Make calls of what ``nodes_of`` says of every span, where two are alike."""
+        self.inline.clear()
+        for group in self.groups(spans, nodes_of):
+            sections = [section for _, section in group]
+            name = f"{BODY}_{len(self.calls)}"
+            if (reason := _outline(self.module, sections, name, self.replaced)) is None:
+                self.calls.append(len(sections))
+                self.done += [span for span, _ in group]
+            else:
+                self.inline += [(section.nodes[-1].name, reason) for section in sections]
+        _sort(self.module.graph)
+
+    def groups(
+        self, spans: Sequence[Span], nodes_of: Callable[[Span, Mapping[Node, int]], list[Node]]
+    ) -> list[list[tuple[Span, Section]]]:
+        """The spans with their sections, those together that can share a body; what may not move is left out."""
+        graph, taken = self.module.graph, set[Node]()
+        index, mode_of, wanted = indices(graph), dict(modes(graph)), wants_gradients(graph)
+        alike: dict[object, list[tuple[Span, Section]]] = {}
+        for span in spans:
+            nodes = nodes_of(span, index)
+            if not nodes or not taken.isdisjoint(nodes):
+                continue
+            taken.update(nodes)
+            section = Section.of(nodes, mode_of[nodes[0]])
+            if (reason := why_it_stays(section)) is not None:
+                self.inline.append((nodes[-1].name, reason))
+                continue
+            # A body is differentiated once, for the operands that want gradients in the call that is traced.
+            flags = tuple(wanted[node] for node in section.operands)
+            alike.setdefault((section.structure, flags), []).append((span, section))
+        return list(alike.values())
 
 
 def _outline(module: GraphModule, sections: Sequence[Section], name: str, replaced: dict[Node, Node]) -> str | None:

@@ -37,9 +37,11 @@ class ScheduleReads(Pass):
         """Rewrite the sites of one stream in place; returns them in the same order."""
         scheduled = {site.node: site for site in sites}
         shared = config.schedule == "two_phase" and not config.value_norm
-        sums = _SumsOfBlocks(module)
+        # As calls of one graph all reads need one form, also where nothing is shared.
+        always, sums = config.compile_layers == "once", _SumsOfBlocks(module)
         for group in groups(sites) if shared else ():
-            if len(group.sites) > 1 and len(group.blocks) > 1 and _have_one_dtype(group.sites):
+            shares = len(group.sites) > 1 and len(group.blocks) > 1
+            if (shares or always) and _have_one_dtype(group.sites):
                 scheduled.update(zip([site.node for site in group.sites], _share(module, group, sums), strict=True))
         module.graph.lint()
         module.recompile()

@@ -133,7 +133,7 @@ def why_it_stays(section: Section) -> str | None:
             return "it is in a region of activation checkpointing"
         elif isinstance(node.target, _compat.HigherOrderOperator):
             return f"{node.name} ({op_name(node)}) runs a graph of its own"
-        elif str(node.target).startswith("attnres."):
+        elif str(node.target).startswith("attnres.") and node is not section.nodes[0]:
             return f"{node.name} is a site of another stream"
     for node in section.operands:
         if not isinstance(value_of(node), (torch.Tensor, torch.SymInt, int)):
