@@ -173,7 +173,8 @@ def plan(
     held = tokens if chunk is None else min(chunk, tokens)
     held = math.ceil(held / (sizes["cp"] * (sizes["tp"] if sequence_sharded else 1)))
     one = size.width * dtype.itemsize
-    stages = list(_Stage.of(counts, layers_of_block, size, gains=chosen.key_gain))
+    per_site = size.width * (2 if chosen.key_gain else 1) + chosen.gate
+    stages = list(_Stage.of(counts, layers_of_block, size, per_site))
     ranks = tuple(_rank(stages[rank :: sizes["pp"]], rank, size, sizes, held * one) for rank in range(sizes["pp"]))
     return Plan(
         size,
@@ -206,7 +207,7 @@ class _Stage:
     site_parameters: int
 
     @classmethod
-    def of(cls, counts: Sequence[int], blocks: Sequence[int], size: ModelSize, *, gains: bool) -> Iterator[_Stage]:
+    def of(cls, counts: Sequence[int], blocks: Sequence[int], size: ModelSize, per_site: int) -> Iterator[_Stage]:
         ends, start = list(itertools.accumulate(blocks)), 0
         for count in counts:
             layers = range(start, start + count)
@@ -218,7 +219,7 @@ class _Stage:
                 sums=1 + sum(end < layers.stop for end in ends),
                 finished=1 + done,
                 running=layers.stop not in ends,
-                site_parameters=sites * size.width * (2 if gains else 1),
+                site_parameters=sites * per_site,
             )
             start = layers.stop
 
