@@ -152,7 +152,7 @@ def main() -> None:
         parser.error(f"{RESULTS.name} is of the CPU: pass --out")
     load_average = [os.getloadavg()[0]]
     torch.set_num_threads(settings.threads)
-    rounds = (3, 10, 2) if settings.quick else (30, 300, 12)
+    rounds = (3, 10, 2) if settings.quick else (40, 300, 40)
     with tempfile.TemporaryDirectory() as folder:
         files = export_all(Path(folder), settings.layers, settings.width, settings.provider == "cpu")
         results: dict[str, Any] = {}

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from attnres_rewrite import _compat
 
 if TYPE_CHECKING:
+    from attnres_rewrite.distributed.model_size import ModelSize as ModelSize
     from attnres_rewrite.distributed.pipelining import build_stages as build_stages
     from attnres_rewrite.distributed.planning import Plan as Plan
     from attnres_rewrite.distributed.planning import plan as plan
 
-_HOMES = {"Plan": "planning", "plan": "planning", "build_stages": "pipelining"}
+_HOMES = {"ModelSize": "model_size", "Plan": "planning", "build_stages": "pipelining", "plan": "planning"}
 
 
 def tell_torch() -> None:

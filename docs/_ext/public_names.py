@@ -54,7 +54,12 @@ GROUPS = {
 # What is public in a module of the package, by the section that it is in too.
 IN_MODULES = {
     "Compile and export it": ["onnx.register", "onnx.RegisteredKernel", "onnx.build_kernel"],
-    "Train it on several processes": ["distributed.build_stages", "distributed.plan", "distributed.Plan"],
+    "Train it on several processes": [
+        "distributed.build_stages",
+        "distributed.plan",
+        "distributed.Plan",
+        "distributed.ModelSize",
+    ],
 }
 
 # What a public name consists of, and is documented after it.
