@@ -205,6 +205,10 @@ def test_transformers_and_an_adapter_that_carries_sites(tmp_path) -> None:
     again = rewritten(copy.deepcopy(plain))
     again.load_adapter(str(tmp_path))
     assert relative_error(again(IDS).logits, reference(plain, model)) < TOLERANCE
+    expected = plain(IDS).logits
+    with pytest.raises(ar.CheckpointError, match="rewrite the base model with the same blocks"):
+        plain.load_adapter(str(tmp_path))
+    assert torch.equal(plain(IDS).logits, expected)
 
 
 def test_the_sites_may_be_named_by_their_path(tmp_path, caplog) -> None:

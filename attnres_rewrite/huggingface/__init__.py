@@ -15,6 +15,9 @@ def tell_libraries() -> None:
     _compat.after_import("transformers.quantizers.auto", lambda _: _module("loading"))
     _compat.after_import("peft.peft_model", lambda peft: _module("adapters").watch_adapters(peft))
     _compat.after_import(
+        "transformers.integrations.peft", lambda peft: _module("adapters").watch_adapters_of_models(peft)
+    )
+    _compat.after_import(
         "accelerate.utils.dataclasses",
         lambda accelerate: _module("dynamo_backends").explain_missing_backend(accelerate),
     )

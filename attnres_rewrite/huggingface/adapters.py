@@ -26,6 +26,30 @@ def watch_adapters(module: Any) -> None:
     kind.from_pretrained = classmethod(_making(kind.from_pretrained.__func__))
 
 
+def watch_adapters_of_models(module: Any) -> None:
+    """Let models of transformers that load an adapter themselves ask for the sites it carries.
+
+    Args:
+        module: ``transformers.integrations.peft``.
+    """
+    kind = module.PeftAdapterMixin
+    method = kind.load_adapter
+
+    @functools.wraps(method)
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = set(getattr(self, "peft_config", ()))
+        found = method(self, *args, **kwargs)
+        try:
+            _require_sites(found)
+        except CheckpointError:
+            if new := set(getattr(self, "peft_config", ())) - before:
+                self.delete_adapter(list(new))
+            raise
+        return found
+
+    kind.load_adapter = load_adapter
+
+
 def _saving(method: Any) -> Any:
     @functools.wraps(method)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
