@@ -171,7 +171,10 @@ def test_every_link_in_the_readme_leads_somewhere():
     targets = [target for target in re.findall(r"\]\(([^)]+)\)", readme) if not target.startswith("http")]
     assert len(targets) > 5
     for target in targets:
-        assert (EXAMPLES.parent / target).exists(), target
+        path, _, anchor = target.partition("#")
+        assert (EXAMPLES.parent / path).exists(), target
+        headings = re.findall(r"^#+ (.*)$", (EXAMPLES.parent / path).read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings], target
 
 
 def test_every_example_is_tested():

@@ -174,6 +174,7 @@ def test_reads_of_another_form_stay_between_the_calls(outlined, graphs) -> None:
     assert names(module.graph).count("merge_partial") == 6
 
 
+@pytest.mark.slow
 def test_nothing_is_inserted_where_all_reads_are_alike(outlined, graphs) -> None:
     """With a layer a block no attention has a partial, and every MLP has one."""
 
@@ -214,6 +215,7 @@ def test_only_queries_train() -> None:
     assert_as_inline(lambda: Tower(2), embeddings(), 2, freeze)
 
 
+@pytest.mark.slow
 def test_frozen_layers_have_a_body_of_their_own(outlined) -> None:
     """A body is differentiated once, so it cannot serve calls of which other gradients are wanted."""
 
@@ -237,6 +239,7 @@ class Tied(Tower):
             feed.up.weight = feed.down.weight
 
 
+@pytest.mark.slow
 def test_tied_weights(outlined) -> None:
     """Two operands that are one tensor in the call that is traced stay two for the others."""
     assert_as_inline(Tied, embeddings(), 2)
