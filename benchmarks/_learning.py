@@ -69,7 +69,7 @@ class Size:
 
 
 SIZES = {
-    "quick": Size(2, 32, 2, 32, steps=4, held_out=4, backend="eager", rates=(1e-3, 4e-3), extra_rates=0, seeds=2),
+    "quick": Size(2, 32, 2, 32, steps=4, held_out=4, backend="eager", rates=(2e-3,), extra_rates=0, seeds=2),
     "0.4M": Size(layers=8, width=64, batch=16, length=128, steps=1000),
     "1.6M": Size(layers=8, width=128, batch=16, length=128, steps=2000),
     "5M": Size(layers=12, width=192, batch=16, length=128, steps=4000, rates=(5e-4, 1e-3, 2e-3, 4e-3)),
