@@ -197,7 +197,7 @@ def _fake_backward(
     base: float = 0.0,
     value_norm: bool = False,
 ) -> list[Tensor]:
-    asked = zip((*sources, query, gain, gate), wanted, strict=False)
+    asked = zip((*sources, query, gain, *(() if gate is None else (gate,))), wanted, strict=True)
     return [tensor.new_empty(tensor.shape) for tensor, want in asked if want and tensor is not None]
 
 
@@ -213,13 +213,14 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     gain, gate = (next(rest) if there else None for there in ctx.has)
     # Torch leaves out, here and in what it takes back, the last arguments of a call that are the defaults.
     on_sources, on_query, on_gain, _, _, _, *form_wanted = ctx.needs_input_grad
-    wanted = [*on_sources, on_query, gain is not None and on_gain, gate is not None and form_wanted[0]]
+    wanted = [*on_sources, on_query, gain is not None and on_gain, *(() if gate is None else form_wanted[:1])]
     # Under create_graph the gradients must be differentiable themselves.
     backward: Any = expand_backward if torch.is_grad_enabled() else torch.ops.attnres.block_attn_res_backward
     form = (gate, ctx.base, ctx.value_norm)
     grads = iter(backward(grad, list(saved[:n]), saved[n], gain, *ctx.settings, wanted, *form))
     by_input = [next(grads) if want else None for want in wanted]
-    found = (by_input[:n], by_input[n], by_input[n + 1], None, None, None, by_input[n + 2], None, None)
+    on_form = [*by_input[n + 2 :], None, None, None]
+    found = (by_input[:n], by_input[n], by_input[n + 1], None, None, None, *on_form)
     return found[: len(ctx.needs_input_grad)]
 
 

@@ -226,7 +226,8 @@ def _fake_backward(
     gate: Tensor | None = None,
     base: float = 0.0,
 ) -> list[Tensor]:
-    asked = zip((mixed, log_sum, partial, query, gain, blocks, gate), wanted, strict=False)
+    of_form = () if blocks is None else (blocks, gate)
+    asked = zip((mixed, log_sum, partial, query, gain, *of_form), wanted, strict=True)
     return [tensor.new_empty(tensor.shape) for tensor, want in asked if want and tensor is not None]
 
 
@@ -245,7 +246,8 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     wanted = [there and want for there, want in zip(ctx.there, (*given[:5], *given[8:10]), strict=True)]
     backward: Any = _expand_backward if torch.is_grad_enabled() else torch.ops.attnres.merge_partial_backward
     settings = (ctx.eps, ctx.scale, ctx.total)
-    found = iter(backward(grad, *tensors, *settings, wanted, blocks, gate, ctx.base))
+    asked = wanted if blocks is not None else wanted[:5]
+    found = iter(backward(grad, *tensors, *settings, asked, blocks, gate, ctx.base))
     by_input = [next(found) if want else None for want in wanted]
     return (*by_input[:5], None, None, None, *by_input[5:], None)[: len(ctx.needs_input_grad)]
 
