@@ -2,9 +2,6 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from launched import launch
 from models import Tower, chain_of, embeddings, randomise_sites, relative_error
 from torch import nn
 
@@ -30,21 +28,10 @@ SITES = [f"body.attn_res.{i}.{part}" for i in range(4) for part in ("query", "ga
 @functools.cache
 def outcomes(group: str) -> dict[str, Any]:
     """What two processes say of the cases of a group."""
-    root = str(CASES.parents[1])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "outcomes.json"
-        # Port 0: whichever is free.
-        launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-        where = ["--rdzv-endpoint", "127.0.0.1:0", str(CASES), group, str(file), str(SECONDS)]
-        done = subprocess.run(
-            [sys.executable, *launch, *where],
-            capture_output=True,
-            text=True,
-            # Longer than the processes give themselves, which end with a traceback.
-            timeout=SECONDS + 60,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        )
+        # Longer than the processes give themselves, which end with a traceback.
+        done = launch(CASES, group, file, SECONDS, seconds=SECONDS + 60)
         assert done.returncode == 0, done.stdout + done.stderr
         found: dict[str, Any] = json.loads(file.read_text())
         return found

@@ -3,9 +3,6 @@
 import functools
 import inspect
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from launched import launch
 from models import Tower, chain_of, embeddings, randomise_sites, relative_error
 from torch import nn
 
@@ -35,20 +33,10 @@ SENDS_WHAT_HAS_NO_GRADIENT = "input_grads" in inspect.signature(PipelineStage).p
 @functools.cache
 def outcomes(group: str, processes: int) -> dict[str, Any]:
     """What the processes say of the cases of a group."""
-    path = os.pathsep.join([str(CASES.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "outcomes.json"
-        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d"]
-        # Port 0: whichever is free.
-        where = ["--rdzv-endpoint", "127.0.0.1:0", str(CASES), group, str(file), str(SECONDS)]
-        done = subprocess.run(
-            [sys.executable, *launch, *where],
-            capture_output=True,
-            text=True,
-            # Longer than the processes give themselves, which end with a traceback.
-            timeout=SECONDS + 60,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        )
+        # Longer than the processes give themselves, which end with a traceback.
+        done = launch(CASES, group, file, SECONDS, processes=processes, seconds=SECONDS + 60)
         assert done.returncode == 0, done.stdout + done.stderr
         found: dict[str, Any] = json.loads(file.read_text())
         return found
