@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import inspect
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from _peers import GRAPH_PEERS, Form, NotAvailable, reason, stack_and_einsum
 from torch import Tensor, nn
 from torch._inductor import metrics
 from torch.fx import GraphModule
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 import attnres_rewrite
 from attnres_rewrite import AttnResConfig
@@ -22,8 +23,8 @@ from attnres_rewrite import AttnResConfig
 VOCABULARY = 8192
 TARGETS = {"step": 1.02, "decode": 1.01}
 PLAIN, OURS, EINSUM = "plain", "attnres_rewrite", "stack and einsum"
-# The schedule by itself, where the default chooses another one.
-PER_READ, TWO_PHASE = "attnres_rewrite, per_read", "attnres_rewrite, two_phase"
+# Settings that the default does not choose.
+PER_READ, LAYERS_ONCE = "attnres_rewrite, per_read", "attnres_rewrite, layers once"
 _SITE = torch.ops.attnres.block_attn_res
 
 
@@ -62,18 +63,19 @@ def make_model(name: str, device: Device, options: argparse.Namespace, sites: li
         num_key_value_heads=options.width // 64,
         use_cache=False,
     )
-    model = LlamaForCausalLM(config).to(device.name, torch.bfloat16)
+    with torch.device(device.name):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if name == PLAIN:
         model.compile()
         return model
-    schedule, inner = "auto", None
-    if name in (PER_READ, TWO_PHASE):
-        schedule = name.rpartition(" ")[2]
+    settings, inner = AttnResConfig(blocks=options.blocks), None
+    if name == LAYERS_ONCE:
+        settings = dataclasses.replace(settings, compile_layers="once")
     elif name != OURS:
         # A peer computes one read at a time.
-        schedule, form = "per_read", stack_and_einsum if name == EINSUM else GRAPH_PEERS[name]()
-        inner = with_form(form, sites)
-    settings = AttnResConfig(blocks=options.blocks, schedule=schedule)  # type: ignore[arg-type]
+        settings = dataclasses.replace(settings, schedule="per_read")
+        if name != PER_READ:
+            inner = with_form(stack_and_einsum if name == EINSUM else GRAPH_PEERS[name](), sites)
     example = {"input_ids": torch.zeros(1, 16, dtype=torch.long, device=device.name)}
     more = {} if inner is None else {"backend": inner}
     attnres_rewrite.rewrite(model, config=settings, example_inputs=example, **more)
@@ -84,10 +86,22 @@ def make_model(name: str, device: Device, options: argparse.Namespace, sites: li
     return model
 
 
-class TrainingStep:
-    """Forward, backward and AdamW of one variant, compiled, its first step taken."""
+def larger(options: argparse.Namespace) -> argparse.Namespace:
+    """The settings of a model as wide as one of 7B, in which matrix products take most of a step."""
+    if options.quick:
+        return options
+    return argparse.Namespace(**vars(options) | {"width": 4096, "batch": 1, "length": 4096})
 
-    def __init__(self, name: str, device: Device, options: argparse.Namespace) -> None:
+
+class TrainingStep:
+    """Forward, backward and AdamW of one variant, compiled, its first step taken.
+
+    With ``only_compile``, its first backward is all there is.
+    """
+
+    def __init__(
+        self, name: str, device: Device, options: argparse.Namespace, *, only_compile: bool = False
+    ) -> None:
         self.sites: list[int] = []
         self.model = make_model(name, device, options, self.sites)
         self.model.train()
@@ -99,6 +113,8 @@ class TrainingStep:
             self.optimizer.zero_grad(set_to_none=True)
             loss: Tensor = self.model(input_ids=tokens, labels=tokens).loss
             loss.backward()
+            if only_compile:
+                return loss
             self.optimizer.step()
             return loss.detach()
 
@@ -112,6 +128,8 @@ class TrainingStep:
             "kernels": metrics.generated_kernel_count,
             "sites_swapped": self.sites,
         }
+        if only_compile:
+            return
         if device.cuda:
             self.row["peak_MiB"] = _peak_above(step)
         self.call, why = device.captured(step)
@@ -131,6 +149,7 @@ def _peak_above(step: Call) -> float:
 
 
 def measure_steps(
+    key: str,
     names: list[str],
     steps: dict[str, TrainingStep],
     device: Device,
@@ -141,12 +160,12 @@ def measure_steps(
 ) -> None:
     """Each variant against plain, the two taking turns; a row per variant, written as soon as it is there.
 
-    ``steps`` holds plain from one call to the next.
+    The table is under ``key``; ``steps`` holds plain from one call to the next.
     """
     try:
-        table = record["step"]
+        table = record[key]
     except KeyError:
-        record["step"] = table = {"target_times_plain": TARGETS["step"], "variants": {}, "skipped": {}}
+        record[key] = table = {"target_times_plain": TARGETS["step"], "variants": {}, "skipped": {}}
     needed = 35 if device.cuda else 1
     for name in names:
         try:
@@ -162,14 +181,14 @@ def measure_steps(
             other.row |= {"plain_ms": round(found[PLAIN] * 1e3, 3), "ms": round(found[name] * 1e3, 3)}
             table["variants"][name] = other.row | {"times_plain": round(ratio, 4)}
             print(
-                f"  step {name:28s} {other.row['ms']:9.2f} ms, plain {other.row['plain_ms']:9.2f} ms: {ratio:.3f} "
+                f"  {key} {name:28s} {other.row['ms']:9.2f} ms, plain {other.row['plain_ms']:9.2f} ms: {ratio:.3f} "
                 f"(target {TARGETS['step']}), peak {other.row.get('peak_MiB')} MiB, "
                 f"plain {steps[PLAIN].row.get('peak_MiB')} MiB",
                 flush=True,
             )
         except Exception as error:
             table["skipped"][name] = reason(error)
-            print(f"  step {name:28s} skipped: {table['skipped'][name]}", flush=True)
+            print(f"  {key} {name:28s} skipped: {table['skipped'][name]}", flush=True)
         record.write()
         other = None  # the model of one variant is gone before the next is made
         gc.collect()

@@ -67,6 +67,7 @@ def load_peers() -> None:
 Running = dict[str, tuple[float, subprocess.Popen[str], IO[str]]]
 
 
+
 def start_compiling(models: list[str], arguments: list[str]) -> Running:
     """Start a process for every model, which compiles it as ``gpu.py`` with ``arguments`` will."""
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
@@ -87,7 +88,7 @@ def wait_for(running: Running, seconds: float) -> dict[str, str]:
             process.wait(max(1.0, seconds - (time.monotonic() - start)))
             log.seek(0)
             last = [without_folders(line) for line in log.read().splitlines() if line.strip()][-1:]
-            report[model] = "done" if process.returncode == 0 else f"failed: {''.join(last)[:240]}"
+            report[model] = f"{'done' if process.returncode == 0 else 'failed'}: {''.join(last)[:240]}"
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

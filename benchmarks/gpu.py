@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --out DIR [--wheels DIR] [--seconds 540] [--sections op,step,decode]
 
 Sections, in order of importance: ``op`` (one read against fused kernels of peers, cold L2, CUDA graphs), ``step`` (a
-training step of a Llama, plain and rewritten in both schedules), ``decode`` (one token, static cache), ``published``
+training step of a Llama, plain and rewritten in both schedules), ``wide`` (the same of a width of 4096), ``decode`` (one token, static cache), ``published``
 (one read of the shape that others have published times for), ``peers`` (the training step with a peer's kernel at
 every site), ``registers`` (one read at several widths, looped or with its sources in registers), ``kernels`` (how many
 kernels one site is, and their code), ``tests`` (the GPU tests), ``big`` (one read of large sources) and ``fp32`` (one
@@ -50,7 +50,7 @@ from _gpu_warm import fill_cache, load_peers, start_compiling, thin_out, wait_fo
 from _peers import CUDA_PEERS, reason, version, without_folders  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-SECTIONS = ("op", "step", "decode", "published", "peers", "registers", "kernels", "tests", "big", "fp32")
+SECTIONS = ("op", "step", "wide", "decode", "published", "peers", "registers", "kernels", "tests", "big", "fp32")
 SOURCES = (3, 5, 9)
 
 
@@ -71,7 +71,7 @@ def warm_up(device: Device, record: Record, budget: Budget, options: argparse.Na
     if not device.cuda or options.resume:
         return
     deadline = min(options.warm_seconds, budget.left() / 3)
-    running = start_compiling(_models(wanted), sys.argv[1:]) if wanted & {"step", "peers", "decode"} else {}
+    running = start_compiling(_models(wanted), sys.argv[1:]) if wanted & {"step", "wide", "peers", "decode"} else {}
     if wanted & {"op", "big", "peers", "fp32", "published"}:
         load_peers()
         record["autotuning"] = {"configurations": thin_out(options.peer_configurations)}
@@ -82,15 +82,20 @@ def warm_up(device: Device, record: Record, budget: Budget, options: argparse.Na
 
 def _models(wanted: set[str]) -> list[str]:
     """What is compiled whole, as section and name."""
-    from _gpu_model import EINSUM, GRAPH_PEERS, OURS, PER_READ, PLAIN
+    from _gpu_model import EINSUM, GRAPH_PEERS, LAYERS_ONCE, OURS, PER_READ, PLAIN
 
-    names = {"step": (PLAIN, OURS, PER_READ), "decode": (PLAIN, OURS), "peers": (*GRAPH_PEERS, EINSUM)}
+    names = {
+        "wide": (OURS, PER_READ, PLAIN),
+        "step": (OURS, PER_READ, PLAIN, LAYERS_ONCE),
+        "decode": (OURS, PLAIN),
+        "peers": (*GRAPH_PEERS, EINSUM),
+    }
     return [f"{section}:{name}" for section in names if section in wanted for name in names[section]]
 
 
 def _tuned_shapes(wanted: set[str]) -> list[tuple[int, int, int, int]]:
     """Batch, length, width and sources, the most important ones first."""
-    small = [(2, 1024, 1024, n) for n in SOURCES[::-1]]
+    small = [(2, 1024, 1024, n) for n in SOURCES[::-1]] if wanted & {"op", "peers", "fp32"} else []
     if "published" in wanted:
         small.append((1, 8192, 7168, 9))
     if "big" in wanted:
@@ -102,10 +107,16 @@ def _tuned_shapes(wanted: set[str]) -> list[tuple[int, int, int, int]]:
 
 def compile_model(what: str, options: argparse.Namespace) -> None:
     """Compile one of :func:`_models` and run it once, in this process."""
-    from _gpu_model import Decoding, TrainingStep
+    from _gpu_model import Decoding, TrainingStep, larger
 
     section, _, name = what.partition(":")
-    (Decoding if section == "decode" else TrainingStep)(name, Device(options.device), options)
+    device = Device(options.device)
+    if section == "decode":
+        seconds = Decoding(name, device, options).compile_s
+    else:
+        step = TrainingStep(name, device, larger(options) if section == "wide" else options, only_compile=True)
+        seconds = step.row["first_step_s"]
+    print(f"first step in {seconds} s")
 
 
 def run_tests(record: Record, budget: Budget, options: argparse.Namespace) -> None:
@@ -140,7 +151,7 @@ def sections(
     def step(*names: str) -> None:
         from _gpu_model import measure_steps
 
-        measure_steps(list(names), steps, device, record, budget, rounds, options)
+        measure_steps("step", list(names), steps, device, record, budget, rounds, options)
 
     def decode() -> None:
         from _gpu_model import OURS, measure_decoding
@@ -153,14 +164,20 @@ def sections(
         step(*GRAPH_PEERS, EINSUM)
 
     def ours() -> None:
-        from _gpu_model import OURS, PER_READ
+        from _gpu_model import LAYERS_ONCE, OURS, PER_READ
 
-        step(OURS, PER_READ)
+        step(OURS, PER_READ, LAYERS_ONCE)
+
+    def wide() -> None:
+        from _gpu_model import OURS, PER_READ, larger, measure_steps
+
+        measure_steps("wide", [OURS, PER_READ], {}, device, record, budget, rounds, larger(options))
 
     bf16 = small_shapes(quick, torch.bfloat16, SOURCES)
     return {
         "op": lambda: measure_shapes("op", bf16, *op_arguments),
         "step": ours,
+        "wide": wide,
         "decode": decode,
         "published": lambda: measure_shapes("published", [published_shape(quick)], *op_arguments),
         "registers": lambda: in_registers_or_looped(*op_arguments),
