@@ -99,9 +99,7 @@ class TrainingStep:
     With ``only_compile``, its first backward is all there is.
     """
 
-    def __init__(
-        self, name: str, device: Device, options: argparse.Namespace, *, only_compile: bool = False
-    ) -> None:
+    def __init__(self, name: str, device: Device, options: argparse.Namespace, *, only_compile: bool = False) -> None:
         self.sites: list[int] = []
         self.model = make_model(name, device, options, self.sites)
         self.model.train()

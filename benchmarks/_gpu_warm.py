@@ -67,7 +67,6 @@ def load_peers() -> None:
 Running = dict[str, tuple[float, subprocess.Popen[str], IO[str]]]
 
 
-
 def start_compiling(models: list[str], arguments: list[str]) -> Running:
     """Start a process for every model, which compiles it as ``gpu.py`` with ``arguments`` will."""
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}

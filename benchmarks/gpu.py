@@ -3,14 +3,14 @@
     python benchmarks/gpu.py --out DIR [--wheels DIR] [--seconds 540] [--sections op,step,decode]
 
 Sections, in order of importance: ``op`` (one read against fused kernels of peers, cold L2, CUDA graphs), ``step`` (a
-training step of a Llama, plain and rewritten in both schedules), ``wide`` (the same of a width of 4096), ``decode`` (one token, static cache), ``published``
-(one read of the shape that others have published times for), ``peers`` (the training step with a peer's kernel at
-every site), ``registers`` (one read at several widths, looped or with its sources in registers), ``kernels`` (how many
-kernels one site is, and their code), ``tests`` (the GPU tests), ``big`` (one read of large sources) and ``fp32`` (one
-read in float32). Before the first of them everything is compiled once, in many processes at a time, so that what is
-timed finds it in the caches on disk. Results are in ``DIR/gpu.json`` after every row, so a run that is cut off loses
-nothing. What cannot run is skipped with the reason. On CPU (``--device cpu --quick``) the same code runs on small
-sizes, to see that it does.
+training step of a Llama, plain and rewritten in both schedules, and with layers compiled once), ``wide`` (the same of a
+width of 4096), ``decode`` (one token, static cache), ``published`` (one read of the shape that others have published
+times for), ``peers`` (the training step with a peer's kernel at every site), ``registers`` (one read at several widths,
+looped or with its sources in registers), ``kernels`` (how many kernels one site is, and their code), ``tests`` (the GPU
+tests), ``big`` (one read of large sources) and ``fp32`` (one read in float32). Before the first of them everything
+is compiled once, in many processes at a time, so that what is timed finds it in the caches on disk. Results are in
+``DIR/gpu.json`` after every row, so a run that is cut off loses nothing. What cannot run is skipped with the reason. On
+CPU (``--device cpu --quick``) the same code runs on small sizes, to see that it does.
 
 ``--wheels`` names a folder of pure Python wheels (fla-core, liger-kernel, flash-attn-res, fast-attnres) for machines
 that nothing can be installed on; they are unpacked to a temporary folder.

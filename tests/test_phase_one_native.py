@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 from attnres_rewrite import _compat
 from attnres_rewrite.forms.summed_gradients import sum_in_phase_one
-from attnres_rewrite.ops import attend_blocks_native
+from attnres_rewrite.ops import attend_blocks_cpp, attend_blocks_native
 
 ATTEND = torch.ops.attnres.attend_blocks
 NATIVE = torch.ops.attnres.attend_blocks_native
@@ -47,9 +47,9 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(_compat, "compile_cpp", fail)
-    attend_blocks_native._library.cache_clear()
+    attend_blocks_cpp._library.cache_clear()
     yield
-    attend_blocks_native._library.cache_clear()
+    attend_blocks_cpp._library.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

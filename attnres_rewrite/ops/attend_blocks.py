@@ -10,7 +10,7 @@ pass over them. For blocks ``v_i`` ``[..., D]``, queries ``w_s`` ``[D]`` and gai
 ``merge_partial`` makes of each the result of its read. Inner arithmetic is float32, or float64 if any input is; ``m``
 has the dtype of the blocks, ``l`` that of the arithmetic.
 
-Its expansions are in :mod:`attend_blocks_expanded`.
+Its expansions are in :mod:`attend_blocks_expanded`; :mod:`attend_blocks_lowered` says which one Inductor gets.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnres_rewrite._compat import register_inductor_decomposition
 from attnres_rewrite.ops.arithmetic import (
     compute_dtype,
     flat_rows,
@@ -31,9 +30,7 @@ from attnres_rewrite.ops.arithmetic import (
 from attnres_rewrite.ops.attend_blocks_expanded import (
     check_reads,
     expand_backward,
-    expand_backward_on_cpu,
     expand_forward,
-    expand_forward_on_cpu,
     folded_queries,
     vector_grads,
 )
@@ -186,17 +183,6 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     return differentiate(ctx, grads, torch.ops.attnres.attend_blocks_backward)
 
 
-def _lower_forward(blocks: Sequence[Tensor], *rest: Any) -> list[Tensor]:
-    expand = expand_forward_on_cpu if blocks[0].device.type == "cpu" else expand_forward
-    return expand(blocks, *rest)
-
-
-def _lower_backward(grads: Sequence[Tensor], blocks: Sequence[Tensor], *rest: Any) -> list[Tensor]:
-    if blocks[0].device.type == "cpu":
-        return expand_backward_on_cpu(grads, blocks, *rest)
-    return expand_backward(grads, blocks, *rest, for_inductor=True)
-
-
 def _register() -> None:
     torch.library.impl(_FORWARD, "CompositeExplicitAutograd", forward)
     torch.library.impl(_BACKWARD, "CompositeExplicitAutograd", backward)
@@ -209,8 +195,6 @@ def _register() -> None:
     ops = torch.ops.attnres
     register(ops.attend_blocks.default, expand_forward, fake_forward)
     register(ops.attend_blocks_backward.default, expand_backward, fake_backward)
-    register_inductor_decomposition(ops.attend_blocks.default, _lower_forward)
-    register_inductor_decomposition(ops.attend_blocks_backward.default, _lower_backward)
 
 
 _register()

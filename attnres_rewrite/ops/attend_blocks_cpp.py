@@ -1,0 +1,133 @@
+"""Phase one on a CPU for any number of blocks: ``attend_blocks.cpp``, compiled and cached as Inductor's kernels are."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnres_rewrite import _compat
+from attnres_rewrite.ops.attend_blocks_expanded import folded_queries, vector_grads
+
+_SOURCE = Path(__file__).parent / "attend_blocks.cpp"
+# How C++ spells the dtype of the blocks and of the arithmetic, and the header that it takes.
+_TYPES = {
+    torch.float32: ("float", "float", ""),
+    torch.float64: ("double", "double", ""),
+    torch.bfloat16: ("c10::BFloat16", "float", "#include <c10/util/BFloat16.h>\n"),
+    torch.float16: ("c10::Half", "float", "#include <c10/util/Half.h>\n"),
+}
+
+_logger = logging.getLogger(__name__)
+
+
+class _Sizes(ctypes.Structure):
+    """``Sizes`` of the source."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("n", "reads", "rows", "width", "threads")),
+        *((name, ctypes.c_double) for name in ("eps", "scale")),
+    )
+
+
+def library(dtype: torch.dtype) -> Any:
+    """The compiled functions for blocks of ``dtype``; ``None`` where none can be compiled, with the reason logged."""
+    return _library(dtype) if dtype in _TYPES else None
+
+
+@functools.cache
+def _library(dtype: torch.dtype) -> Any:
+    block, arithmetic, header = _TYPES[dtype]
+    source = f"{header}#define BLOCK {block}\n#define ARITHMETIC {arithmetic}\n{_SOURCE.read_text()}"
+    try:
+        return _compat.compile_cpp(source)
+    except Exception as error:
+        # Whatever keeps it from being compiled, there is another way.
+        _logger.info("attend_blocks is not compiled for %s: %s", dtype, str(error).splitlines()[:1])
+        return None
+
+
+def attend(
+    blocks: Sequence[Tensor], queries: Sequence[Tensor], gains: Sequence[Tensor], eps: float, scale: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Mixed ``[..., D]`` of every read and log-sums ``[..., 1]``.
+
+    Args:
+        blocks: Contiguous, ``[..., D]``, of one dtype that has a :func:`library`.
+        queries: ``[D]``, one a read.
+        gains: Likewise, or none.
+        eps: Of the norms.
+        scale: Of the logits.
+    """
+    first, q = blocks[0], folded_queries(blocks, queries, gains)
+    mixed = [torch.empty_like(first) for _ in queries]
+    log_sums = [q.new_empty((*first.shape[:-1], 1)) for _ in queries]
+    sizes = _sizes(blocks, len(queries), eps, scale)
+    library(first.dtype).attend(sizes, _pointers(blocks), _pointer(q), _pointers(mixed), _pointers(log_sums))
+    return mixed, log_sums
+
+
+def attend_backward(
+    blocks: Sequence[Tensor],
+    queries: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    d_mixed: Sequence[Tensor],
+    d_log_sums: Sequence[Tensor],
+    added: Sequence[Tensor | None],
+    d_blocks: Sequence[Tensor | None],
+    *,
+    want_vectors: bool,
+    eps: float,
+    scale: float,
+) -> list[Tensor]:
+    """Write the gradients of the blocks to ``d_blocks``; return those of queries and gains, if they are wanted.
+
+    Args:
+        blocks: As in :func:`attend`.
+        queries: As in :func:`attend`.
+        gains: As in :func:`attend`.
+        d_mixed: A gradient ``[..., D]`` of every read, contiguous, in the dtype of the blocks.
+        d_log_sums: A gradient ``[..., 1]`` of every read, contiguous, in the dtype of the arithmetic.
+        added: What is added to the gradient of a block, for every block; contiguous, in its dtype.
+        d_blocks: Where the gradient of a block is written, for every block; ``None`` where none is wanted.
+        want_vectors: Whether gradients of queries and gains are wanted.
+        eps: Of the norms.
+        scale: Of the logits.
+    """
+    q = folded_queries(blocks, queries, gains)
+    # A part for every thread.
+    d_q = q.new_zeros(torch.get_num_threads(), *q.shape) if want_vectors else None
+    library(blocks[0].dtype).attend_backward(
+        _sizes(blocks, len(queries), eps, scale),
+        _pointers(blocks),
+        _pointer(q),
+        _pointers(d_mixed),
+        _pointers(d_log_sums),
+        _pointers(added),
+        _pointers(d_blocks),
+        None if d_q is None else _pointer(d_q),
+    )
+    if d_q is None:
+        return []
+    rows = [row.clone() for row in d_q.sum(0)]
+    return vector_grads(rows, queries, gains, [True] * (len(queries) + len(gains)))
+
+
+def _sizes(blocks: Sequence[Tensor], reads: int, eps: float, scale: float) -> Any:
+    width = blocks[0].shape[-1]
+    rows = blocks[0].numel() // width if width else 0
+    return ctypes.byref(_Sizes(len(blocks), reads, rows, width, torch.get_num_threads(), eps, scale))
+
+
+def _pointer(tensor: Tensor) -> Any:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
