@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
+import os
 import platform
 import subprocess
+import sys
+import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +35,23 @@ def environment() -> dict[str, Any]:
 
 
 def write_results(path: str | Path, results: dict[str, Any]) -> None:
-    """Write ``results`` as JSON, making the folder if need be."""
+    """Write ``results`` as JSON, making the folder if need be; who reads the file finds it whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(results, indent=2) + "\n")
+    part.replace(path)
+
+
+def unpack_wheels(folder: Path) -> None:
+    """Unpack the wheels of ``folder`` and put them last on the path of this process and its children."""
+    target = tempfile.mkdtemp(prefix="attnres-bench-")
+    for wheel in sorted(folder.glob("*.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(target)
+    sys.path.append(target)
+    importlib.invalidate_caches()
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), target]))
 
 
 def _cpu_model() -> str:

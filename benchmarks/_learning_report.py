@@ -17,9 +17,10 @@ def summary(runs: Sequence[Found]) -> dict[str, Any]:
     Returns:
         By contestant: ``rates``, validation loss of the first seed by learning rate, None where it diverged; ``rate``,
         the best; ``seeds``, how many ran at it; ``validation`` and ``test``, mean and standard deviation over them, in
-        nats a byte; ``looks`` of the first that has any. Beside the plain model, seed by seed: ``difference``, mean
-        and standard deviation of the test loss minus the plain model's; ``tokens_to_plain``, which part of the tokens
-        the validation loss took to fall to the plain model's last, a seed each, None where it did not.
+        nats a byte; ``curve``, tokens and mean validation loss; ``looks`` of the first that has any. Beside the plain
+        model, seed by seed: ``difference``, mean and standard deviation of the test loss minus the plain model's;
+        ``tokens_to_plain``, which part of the tokens the validation loss took to fall to the plain model's last, a
+        seed each, None where it did not.
     """
     names = list(dict.fromkeys(_name(run) for run in runs))
     rates = {name: _rates([run for run in runs if _name(run) == name]) for name in names}
@@ -63,6 +64,10 @@ def _of_seeds(runs: Mapping[int, Found]) -> dict[str, Any]:
         "seeds": len(runs),
         "validation": _spread([run["validation"] for run in of_runs]),
         "test": _spread([run["test"] for run in of_runs]),
+        "curve": [
+            [points[0][0], round(statistics.fmean(loss for _, loss in points), 5)]
+            for points in zip(*(run["curve"] for run in of_runs), strict=False)
+        ],
         "looks": next((run["looks"] for run in of_runs if run["looks"]), []),
     }
 

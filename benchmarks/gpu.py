@@ -19,14 +19,11 @@ that nothing can be installed on; they are unpacked to a temporary folder.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import traceback
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(1, str(ROOT))
 
 import torch  # noqa: E402
-from _environment import environment  # noqa: E402
+from _environment import environment, unpack_wheels  # noqa: E402
 from _gpu_op import (  # noqa: E402
     big_shape,
     in_registers_or_looped,
@@ -52,17 +49,6 @@ from _peers import CUDA_PEERS, reason, version, without_folders  # noqa: E402
 RESULTS = Path(__file__).parent / "results"
 SECTIONS = ("op", "step", "wide", "decode", "published", "peers", "registers", "kernels", "tests", "big", "fp32")
 SOURCES = (3, 5, 9)
-
-
-def unpack_wheels(folder: Path) -> None:
-    """Unpack the wheels of ``folder`` and put them last on the path of this process and its children."""
-    target = tempfile.mkdtemp(prefix="attnres-bench-")
-    for wheel in sorted(folder.glob("*.whl")):
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(target)
-    sys.path.append(target)
-    importlib.invalidate_caches()
-    os.environ["PYTHONPATH"] += os.pathsep + target
 
 
 def warm_up(device: Device, record: Record, budget: Budget, options: argparse.Namespace) -> None:

@@ -12,9 +12,15 @@ same windows in the same order. Four steps, each of which goes on where it was i
 
 The best rate is the one with the least loss on the validation text. If it is the first or the last of those tried, the
 next one, half or twice of it, is tried too. What is reported is the loss on the test text, which nothing is chosen by.
-In the third step one plain model, trained for the whole time at its best rate, goes on with the tests of the standard
-library: plain, which again has the best of all rates, and at that rate rewritten in every form, the sites learning at
-1, 10 and 100 times it. Every run is a file below ``results/learning``.
+In the third step one plain model, trained for the whole time at its best rate, goes on with the source of PyTorch:
+plain, which again has the best of all rates, and at that rate rewritten in every form, the sites learning at 1, 10 and
+100 times it. Every run is a file below ``results/learning``.
+
+    python benchmarks/learning.py all --size 0.4M --larger 5M-short --seconds 190 --out DIR --pack FILE.tar.gz
+
+is all of it on one GPU, a process a contestant, until the time is over. There a step is a CUDA graph, several runs of a
+contestant share the GPU, matrix products are in TF32, and the inside of the models is not written down, but their last
+weights are kept: unpacked to ``WORK/weights``, ``look --work WORK`` writes down on a CPU what is in them.
 
     python benchmarks/learning.py --quick               # all steps with tiny models, in a temporary folder
 """
@@ -26,95 +32,25 @@ import importlib.util
 import itertools
 import math
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from _environment import write_results
-from _learning import CONTESTANTS, SIZES, STAGES, STREAMS, Run, Text, finished, read_text, train
-from _learning_report import summary, tables
-from torch import Tensor
+# The package need not be installed.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(1, str(ROOT))
+
+import torch  # noqa: E402
+from _environment import unpack_wheels, write_results  # noqa: E402
+from _learning import CONTESTANTS, SIZES, STAGES, STREAMS, finished, read_text  # noqa: E402
+from _learning_all import Everybody, in_order  # noqa: E402
+from _learning_report import summary, tables  # noqa: E402
+from _learning_study import Study  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "learning"
-ATTNRES_RATES = (1.0, 10.0, 100.0)
-# Of the plain model that others go on from: one that no contestant has.
-BASE_SEED = 100
-
-
-class Study:
-    """The runs of one size: those that are there, and those that are missing."""
-
-    def __init__(self, size: str, folder: Path, work: Path, device: torch.device, deadline: float) -> None:
-        self.size, self.folder, self.work, self.device, self.deadline = size, folder, work, device, deadline
-        self.texts: dict[str, Text] = {}
-
-    def losses(self, contestant: str, stage: str = "scratch") -> dict[float, float]:
-        """The validation loss of the first seed at every rate that was tried; infinite where it diverged."""
-        return {
-            found["run"]["rate"]: math.inf if found["validation"] is None else found["validation"]
-            for found in finished(self.folder, self.size, stage)
-            if found["run"]["contestant"] == contestant and found["run"]["seed"] == 0
-        }
-
-    def best_rate(self, contestant: str, stage: str = "scratch") -> float:
-        """The rate with the least validation loss of the first seed."""
-        losses = self.losses(contestant, stage)
-        if not set(SIZES[self.size].rates) <= losses.keys():
-            raise SystemExit(f"{contestant} was not tried at every rate: run the sweep of {self.size} first")
-        return min(losses, key=losses.__getitem__)
-
-    def sweep(self, contestant: str) -> None:
-        """Try the rates of the size; and further ones, as long as the best is at an end."""
-        for rate in SIZES[self.size].rates:
-            self.run(Run(self.size, contestant, rate, 0))
-        for _ in range(SIZES[self.size].extra_rates):
-            best, tried = self.best_rate(contestant), sorted(self.losses(contestant))
-            if best not in (tried[0], tried[-1]):
-                return
-            self.run(Run(self.size, contestant, best / 2 if best == tried[0] else best * 2, 0))
-
-    def seeds(self, contestant: str) -> None:
-        """All seeds at the best rate; the first one is of the sweep."""
-        for seed in range(1, SIZES[self.size].seeds):
-            self.run(Run(self.size, contestant, self.best_rate(contestant), seed))
-
-    def retrofit(self, contestant: str) -> None:
-        """Go on from the trained plain model, in three seeds; the plain one at every rate first."""
-        for rate in SIZES[self.size].rates:
-            self.run(Run(self.size, "plain", rate, 0, "retrofit"))
-        best = self.best_rate("plain", "retrofit")
-        for times in ATTNRES_RATES if CONTESTANTS[contestant] is not None else (1.0,):
-            for seed in range(SIZES[self.size].seeds):
-                self.run(Run(self.size, contestant, best, seed, "retrofit", times))
-
-    def trained(self) -> dict[str, Tensor]:
-        """The weights of the plain model that the others go on from; they are trained if they are not there."""
-        kept = self.work / self.size / "trained.pt"
-        if not kept.exists():
-            run = Run(self.size, "plain", self.best_rate("plain"), BASE_SEED)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            train(run, self.text("scratch"), self.device, self.work, self.work, look=False, keep=kept)
-        return torch.load(kept, map_location=self.device, weights_only=True)
-
-    def text(self, stage: str) -> Text:
-        """The text of a stage, read once."""
-        if stage not in self.texts:
-            self.texts[stage] = read_text(stage)
-        return self.texts[stage]
-
-    def run(self, run: Run) -> None:
-        """Do ``run``, unless its file is there."""
-        if (self.folder / run.path).exists():
-            return
-        if time.monotonic() > self.deadline:
-            raise SystemExit("the time given is over; the same command goes on")
-        weights = self.trained() if run.stage == "retrofit" else None
-        # What is inside of a model is written down once for every contestant, at its best rate.
-        look = run.seed == 1
-        found = train(run, self.text(run.stage), self.device, self.folder, self.work, look=look, weights=weights)
-        print(f"{run.path}: validation {found['validation']}, test {found['test']}", flush=True)
+STEPS = ("sweep", "seeds", "scratch", "retrofit", "whole", "all", "look", "report")
 
 
 def report(folder: Path) -> dict[str, Any]:
@@ -122,40 +58,77 @@ def report(folder: Path) -> dict[str, Any]:
     found = {}
     for size, stage in itertools.product(SIZES, STAGES):
         if runs := list(finished(folder, size, stage)):
+            if len({run["text"] for run in runs}) > 1:
+                raise SystemExit(f"runs of {size} ({stage}) in {folder} learned different texts: keep those of one")
             found[size if stage == "scratch" else f"{size}, {stage}"] = summary(runs)
     write_results(folder / "summary.json", found)
     print(tables(found))
     return found
 
 
-def main() -> None:
+def quick(contestants: list[str]) -> None:
+    """All steps with tiny models."""
+    with tempfile.TemporaryDirectory() as folder:
+        study = Study("quick", Path(folder), Path(folder) / "work", torch.device("cpu"), math.inf)
+        for step in (study.sweep, study.seeds, study.retrofit):
+            for contestant in contestants:
+                step(contestant)
+        report(Path(folder))
+
+
+def everybody(settings: argparse.Namespace, contestants: list[str]) -> None:
+    """All steps of all contestants, in processes of their own."""
+    deadline = time.monotonic() + settings.seconds
+    for stage in STAGES:
+        print(f"{stage}: {len(read_text(stage).train.train) / 1e6:.1f} MB of text", flush=True)
+    jobs = in_order(settings.size, settings.larger, contestants)
+    arguments = ["--device", settings.device, "--threads", str(settings.threads)]
+    everyone = Everybody(jobs, settings.out, settings.work, settings.processes, arguments)
+    everyone.work_until(deadline, settings.pack)
+    report(settings.out)
+
+
+def parse() -> argparse.Namespace:
+    sizes = [name for name in SIZES if name != "quick"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", nargs="?", choices=("sweep", "seeds", "retrofit", "report"), default="report")
-    parser.add_argument("--size", choices=[name for name in SIZES if name != "quick"], default="0.4M")
-    here = [name for name in CONTESTANTS if name not in STREAMS or importlib.util.find_spec("hyper_connections")]
-    parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=here)
+    parser.add_argument("step", nargs="?", choices=STEPS, default="report")
+    parser.add_argument("--size", choices=[*sizes, "quick"], default="0.4M")
+    parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU; two runs of one each use two cores better")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after this time")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "attnres-learning")
+    parser.add_argument("--wheels", type=Path, help="folder of pure Python wheels, for hyper-connections")
+    parser.add_argument("--shared", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true")
-    settings = parser.parse_args()
+    whole = parser.add_argument_group("all")
+    whole.add_argument("--larger", choices=sizes, help="a second size, of which only the first two steps are done")
+    whole.add_argument("--seconds", type=float, default=600, help="after which everything is ended")
+    whole.add_argument("--processes", type=int, default=8, help="that may compile at the same time")
+    whole.add_argument("--pack", type=Path, help="a .tar.gz of the results, written every now and then")
+    return parser.parse_args()
+
+
+def main() -> None:
+    settings = parse()
+    if settings.wheels:
+        unpack_wheels(settings.wheels)
+    here = [name for name in CONTESTANTS if name not in STREAMS or importlib.util.find_spec("hyper_connections")]
+    contestants = settings.contestants or here
     torch.set_num_threads(settings.threads)
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    deadline = time.monotonic() + 60 * settings.minutes
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1" if settings.device == "cpu" else "2")
     if settings.quick:
-        with tempfile.TemporaryDirectory() as folder:
-            study = Study("quick", Path(folder), Path(folder) / "work", torch.device("cpu"), deadline)
-            for step in (study.sweep, study.seeds, study.retrofit):
-                for contestant in settings.contestants:
-                    step(contestant)
-            report(Path(folder))
+        quick(contestants)
     elif settings.step == "report":
         report(settings.out)
+    elif settings.step == "all":
+        everybody(settings, contestants)
     else:
-        study = Study(settings.size, settings.out, settings.work, torch.device(settings.device), deadline)
-        for contestant in settings.contestants:
+        deadline = time.monotonic() + 60 * settings.minutes
+        device = torch.device(settings.device)
+        study = Study(settings.size, settings.out, settings.work, device, deadline, shared=settings.shared)
+        for contestant in contestants:
             getattr(study, settings.step)(contestant)
 
 

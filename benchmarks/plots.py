@@ -61,6 +61,44 @@ def draw_schedules() -> None:
     figure.savefig(IMAGES / "schedule.png", dpi=120)
 
 
+def draw_learning() -> None:
+    """Models trained from scratch: the loss at every rate, and how far below plain each is on the way, at its best."""
+    sizes = {name: found for name, found in read("learning/summary").items() if "retrofit" not in name}
+    figure, rows = plt.subplots(len(sizes), 2, figsize=(9, 3.6 * len(sizes)), layout="constrained", squeeze=False)
+    for (rates, way), (size, contestants) in zip(rows, sizes.items(), strict=True):
+        plain = dict(contestants["plain"]["curve"])
+        for i, (name, found) in enumerate(contestants.items()):
+            style = {"color": "0.2" if name == "plain" else f"C{i % 10}", "linestyle": "--" if "gate" in name else "-"}
+            tried = [(float(rate), loss) for rate, loss in found["rates"].items() if loss is not None]
+            rates.plot(*zip(*tried, strict=True), "o", markersize=3, linewidth=1, **style)
+            tokens, losses = zip(*found["curve"], strict=True)
+            below = [loss - plain[token] for token, loss in zip(tokens, losses, strict=True)]
+            way.plot([token / 1e6 for token in tokens], below, linewidth=1, label=name, **style)
+        rates.set(xscale="log", xlabel="learning rate", ylabel="validation loss, nats a byte", title=size)
+        way.set(xlabel="million bytes trained on", ylabel="validation loss minus plain's")
+        way.legend(frameon=False, fontsize=7, ncols=2)
+    figure.savefig(IMAGES / "learning.png", dpi=120)
+
+
+def draw_retrofit() -> None:
+    """A trained plain model that goes on: test loss minus that of the plain one, mean and deviation over the seeds."""
+    found = {name: entry for name, entry in read("learning/summary").items() if "retrofit" in name}
+    figure, panels = plt.subplots(1, len(found), figsize=(4 + 3 * len(found), 5.5), layout="constrained", squeeze=False)
+    for axes, (size, contestants) in zip(panels[0], found.items(), strict=True):
+        names = sorted((n for n in contestants if n != "plain"), key=lambda n: contestants[n]["difference"][0] or 0.0)
+        for y, name in enumerate(names):
+            mean, deviation = contestants[name]["difference"]
+            if mean is not None:
+                axes.errorbar(mean, y, xerr=deviation, fmt="o", color="C0" if mean < 0 else "C3", elinewidth=0.8)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.invert_yaxis()
+        axes.axvline(0, color="0.4", linewidth=0.8)
+        axes.set(xlabel="test loss minus plain's, nats a byte", title=size)
+    figure.savefig(IMAGES / "retrofit.png", dpi=120)
+
+
 if __name__ == "__main__":
     draw_sizes()
     draw_schedules()
+    draw_learning()
+    draw_retrofit()

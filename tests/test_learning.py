@@ -1,7 +1,7 @@
 """`benchmarks/learning.py`: a tiny study runs to its end, goes on where it was, and counts what it says it counts."""
 
-import json
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,14 @@ pytest.importorskip("transformers")
 def learning(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
     import _learning
+    import _learning_all
+    import _learning_lane
+    import _learning_study
+    import _learning_trainer
     import learning
 
-    learning.runs = _learning
+    learning.runs, learning.lane, learning.study = _learning, _learning_lane, _learning_study
+    learning.trainer, learning.all = _learning_trainer, _learning_all
     return learning
 
 
@@ -53,18 +58,25 @@ def test_every_contestant_is_judged_at_its_own_best_rate_seed_by_seed(learning):
 
 
 def test_the_sweep_goes_on_while_the_best_rate_is_at_an_end(learning, monkeypatch, tmp_path):
-    def train(run, text, device, folder, work, *, look, weights):
-        found = made_up(run.contestant, run.rate, run.seed, [abs(run.rate - 6e-3)], 1.0)
-        (folder / run.path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / run.path).write_text(json.dumps(found))
-        return found
+    class Trainer:
+        at_once = 3
 
-    monkeypatch.setattr(learning, "train", train)
-    study = learning.Study("0.4M", tmp_path, tmp_path, None, float("inf"))
-    study.texts["scratch"] = object()
-    monkeypatch.setitem(learning.SIZES, "0.4M", learning.runs.Size(2, 32, 2, 32, steps=4, rates=(1e-3, 2e-3)))
+        def train(self, runs, text, **settings):
+            trained.append(len(runs))
+            return [
+                learning.trainer.Trained(made_up("plain", r.rate, r.seed, [abs(r.rate - 6e-3)], 1.0), {}) for r in runs
+            ]
+
+    trained = []
+    study = learning.Study("0.4M", tmp_path, tmp_path, learning.runs.torch.device("cpu"), float("inf"))
+    study.texts["scratch"], study.trainers["plain"] = object(), Trainer()
+    monkeypatch.setitem(
+        learning.SIZES, "0.4M", learning.runs.Size(2, 32, 2, 32, steps=4, rates=(5e-4, 1e-3, 2e-3, 3e-3))
+    )
     study.sweep("plain")
-    assert sorted(study.losses("plain")) == [1e-3, 2e-3, 4e-3, 8e-3]
+    assert sorted(study.losses("plain")) == [5e-4, 1e-3, 2e-3, 3e-3, 6e-3, 12e-3]
+    # Four that are wanted, no more than three at once; then one after the other.
+    assert trained == [2, 2, 1, 1]
 
 
 def test_text_that_is_held_out_is_in_no_training_batch(learning):
@@ -78,31 +90,101 @@ def test_text_that_is_held_out_is_in_no_training_batch(learning):
 
 
 @pytest.mark.slow
-def test_a_study_in_small_and_a_run_that_was_interrupted(learning, monkeypatch, tmp_path, capsys):
+def test_a_study_in_small(learning, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["learning.py", "--quick", "--contestants", "plain", "mean-2"])
-    monkeypatch.setattr(learning, "ATTNRES_RATES", (1.0, 100.0))
+    monkeypatch.setattr(learning.study, "ATTNRES_RATES", (1.0, 100.0))
     learning.main()
     printed = capsys.readouterr().out
     assert "**quick, retrofit**" in printed
     assert "| mean-2, sites at 100x | 0.002 | 2 |" in printed
 
+
+class Replay:
+    def __init__(self, call):
+        self.replay = call
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_graphs", [False, True])
+def test_runs_side_by_side_are_those_that_run_alone(learning, with_graphs):
+    runs, text = learning.runs, learning.runs.read_text()
+    size, cpu = runs.SIZES["quick"], runs.torch.device("cpu")
+    trainer = learning.trainer.Trainer("mean-2", size, cpu)
+    trainer.compile(3)
+    if with_graphs:
+        # What a captured step does, without a GPU: the loss is where it was captured, gradients stay in place.
+        for lane in trainer.lanes:
+            backward = Replay(lambda lane=lane: lane.loss.copy_(lane._backward()))
+            lane.graphs = backward, Replay(lane._update)
+        assert trainer.compare() == 0
+        trainer.lanes[1].weights = trainer.lanes[0].weights
+        assert trainer.compare() > 1e-4
+        trainer.lanes[1].weights = [w.clone() for w in trainer.lanes[0].weights]
+    asked = [
+        runs.Run("quick", "mean-2", 4e-3, 0),
+        runs.Run("quick", "mean-2", 4e-3, 1),
+        runs.Run("quick", "mean-2", 4e-3, 0, attnres_rate=100.0),
+    ]
+    together = [trained.result for trained in trainer.train(asked, text)]
+    fresh = learning.trainer.Trainer("mean-2", size, cpu)
+    for run, found in zip(asked[::-1], together[::-1], strict=True):
+        alone = fresh.train([run], text)[0].result
+        assert (alone["curve"], alone["test"]) == (found["curve"], found["test"])
+    assert len({found["test"] for found in together}) == 3
+
+
+def test_weights_of_another_model_are_gone_on_from(learning):
+    runs = learning.runs
+    trainer = learning.trainer.Trainer("plain", runs.SIZES["quick"], runs.torch.device("cpu"))
+    first = {name: p + 1 for name, p in trainer.model.named_parameters()}
+    run = runs.Run("quick", "plain", 0.0, 0, "retrofit")
+    (trained,) = trainer.train([run], runs.read_text(), weights=first)
+    assert trained.result["size"]["steps"] == 2
+    for name, weight in trained.weights.items():
+        assert runs.torch.equal(weight, first[name]), name
+
+
+def test_processes_are_started_in_order_and_what_they_wrote_is_packed(learning, tmp_path):
+    jobs = learning.all.in_order("0.4M", "5M-short", ["mhc-4", *learning.all.ORDER[:8]])
+    assert [job[:2] for job in jobs[5:10]] == [
+        ("0.4M", "full"),
+        ("5M-short", "plain"),
+        ("5M-short", "mean-8"),
+        ("5M-short", "add-8"),
+        ("0.4M", "mean-8-gate"),
+    ]
+    assert {job[2] for job in jobs if job[0] == "5M-short"} == {"scratch"}
+    (tmp_path / "runs" / "0.4M").mkdir(parents=True)
+    (tmp_path / "runs" / "0.4M" / "run.json").write_text("{}")
+    (tmp_path / "runs" / "0.4M" / "run.json.part").write_text("{")
+    learning.all.pack_folder(tmp_path / "runs", tmp_path / "packed.tar.gz")
+    with tarfile.open(tmp_path / "packed.tar.gz") as archive:
+        assert archive.getnames() == ["runs/0.4M/run.json"]
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on(learning, monkeypatch, tmp_path):
     runs, text = learning.runs, learning.runs.read_text()
     run = runs.Run("quick", "mean-2", 4e-3, 0)
-    monkeypatch.setattr(runs, "LOOKS", (0.0, 1.0))
-    whole = runs.train(run, text, runs.torch.device("cpu"), tmp_path / "whole", tmp_path, look=True)
+    monkeypatch.setattr(learning.trainer, "LOOKS", (0.0, 1.0))
+    trainer = learning.trainer.Trainer("mean-2", runs.SIZES["quick"], runs.torch.device("cpu"))
+    (whole,) = trainer.train([run], text, work=tmp_path, look=True)
 
-    step = runs._step
+    step, done = learning.lane.Lane.step, []
 
-    def interrupted(call, optimizer, batch, run, number):
-        if number == 2:
+    def interrupted(lane, batch, rates):
+        if len(done) == 2:
             raise KeyboardInterrupt
-        return step(call, optimizer, batch, run, number)
+        done.append(step(lane, batch, rates))
 
-    monkeypatch.setattr(runs, "_step", interrupted)
+    monkeypatch.setattr(learning.lane.Lane, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        runs.train(run, text, runs.torch.device("cpu"), tmp_path / "again", tmp_path, look=True)
-    monkeypatch.setattr(runs, "_step", step)
-    again = runs.train(run, text, runs.torch.device("cpu"), tmp_path / "again", tmp_path, look=True)
+        trainer.train([run], text, work=tmp_path, look=True)
+    steps = []
+    monkeypatch.setattr(learning.lane.Lane, "step", lambda lane, *inputs: steps.append(step(lane, *inputs)))
+    (again,) = trainer.train([run], text, work=tmp_path, look=True)
+    assert len(steps) == 2
     for name in ("curve", "test", "looks"):
-        assert again[name] == whole[name], name
-    assert [look["part"] for look in whole["looks"]] == [0.0, 1.0]
+        assert again.result[name] == whole.result[name], name
+    assert [look["part"] for look in whole.result["looks"]] == [0.0, 1.0]
+    assert not list(tmp_path.rglob("*.pt"))
