@@ -18,6 +18,7 @@ import logging
 import sys
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -291,10 +292,16 @@ _WIDTH_IN_REGISTERS = 2048
 
 
 def choices_for_reads() -> contextlib.AbstractContextManager[Any]:
-    """A context in which Inductor generates persistent reductions for reads of up to ``_WIDTH_IN_REGISTERS``."""
+    """A context in which Inductor generates persistent reductions for reads of up to ``_WIDTH_IN_REGISTERS``.
+
+    And in which it fuses two parts of them only where no matrix product lies between. Two sites have sources in common:
+    in the backward, the result of a site would be computed again together with what a later one needs, and be kept
+    until it is its turn.
+    """
     from torch._inductor.virtualized import V
 
     own = type(V.choices)
+    calls: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
 
     class ChoicesForReads(own):  # type: ignore[misc, valid-type]
         @staticmethod
@@ -305,13 +312,31 @@ def choices_for_reads() -> contextlib.AbstractContextManager[Any]:
             chosen: bool = own.should_use_persistent_reduction(features, cooperative_reduction)
             return chosen
 
+        @staticmethod
+        def can_fuse_horizontal(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
+            if scheduler not in calls:
+                products = [node for node in scheduler.name_to_node.values() if node.is_extern() or node.is_template()]
+                # What was found to be dead has no place in the order.
+                calls[scheduler] = [node.min_order for node in products if hasattr(node, "min_order")]
+            first, second = sorted((node1, node2), key=lambda node: node.min_order)
+            apart = any(first.max_order < call < second.min_order for call in calls[scheduler])
+            if apart and (_computes_read(first) or _computes_read(second)):
+                return False
+            fused: bool = own.can_fuse_horizontal(scheduler, node1, node2, shared_data_score)
+            return fused
+
     chosen: contextlib.AbstractContextManager[Any] = V.set_choices_handler(ChoicesForReads())
     return chosen
 
 
 def _is_read(features: Any) -> bool:
     """Whether a kernel of Inductor's computes a part of an operator of this package."""
-    origins = (origin for node in features.scheduler_nodes() if node.node for origin in node.node.origins)
+    return any(map(_computes_read, features.scheduler_nodes()))
+
+
+def _computes_read(scheduled: Any) -> bool:
+    """Whether what Inductor schedules, a buffer or several fused ones, is a part of an operator of this package."""
+    origins = (origin for node in scheduled.get_nodes() if node.node for origin in node.node.origins)
     return any(str(origin.meta.get("original_aten")).startswith("attnres.") for origin in origins)
 
 
@@ -355,6 +380,9 @@ def inductor_compile(
     on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in inputs)
     if on_gpu:
         patches.setdefault("max_fusion_size", max(inductor.config.max_fusion_size, GPU_FUSION_SIZE))
+        # The estimates that it reorders by count what a fused kernel keeps in registers. Of a read that is several
+        # times what it writes, so the order of the graph, which is that of autograd, passes for a bad one.
+        patches.setdefault("reorder_for_peak_memory", False)
     before = patches.get("joint_custom_post_pass", inductor.config.joint_custom_post_pass)
     patches["joint_custom_post_pass"] = _inductor_pass(joint_pass, before)
     # The cache of compiled autograd graphs does not look at these tags, so it would not tell two models apart of
@@ -371,7 +399,7 @@ def inductor_compile(
 def _expansions_version() -> str:
     """What the caches on disk, which know an operator by its name alone, tell its expansions apart by."""
     folder = Path(__file__).parent / "ops"
-    sources = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+    sources = b"".join(path.read_bytes() for path in (*sorted(folder.glob("*.py")), Path(__file__)))
     return hashlib.sha256(sources).hexdigest()[:16]
 
 

@@ -19,7 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from attnres_rewrite import _compat
-from attnres_rewrite.forms.summed_gradients import sum_in_phase_one
+from attnres_rewrite.forms.summed_gradients import keep_sums, sum_in_phase_one
 from attnres_rewrite.graph.nodes import tensor_of
 from attnres_rewrite.passes import PostconditionError
 from attnres_rewrite.passes.outline_layers import BODY
@@ -37,6 +37,7 @@ def recompute_results(graph: Graph) -> None:
     """
     take_operands_from_outside(graph)
     sum_in_phase_one(graph)
+    keep_sums(graph)
     for node in graph.find_nodes(op="call_function", target=torch.ops.attnres.attend_blocks_native.default):
         # One kernel for all its results: the partitioner takes a part of them only together with the rest.
         for part in (node, *node.users):

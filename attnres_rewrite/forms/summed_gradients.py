@@ -3,6 +3,9 @@
 A block is attended over by the reads of all later blocks, so its gradient is a sum with a term from each of them, and
 the sums of two blocks have different numbers of terms: Inductor would make a kernel for every block. The function that
 computes a term can add the sum so far in the same pass.
+
+On a GPU a kernel adds its term by itself, but only if it has to: Inductor would rather keep the terms, up to one for
+every read, until something needs the sum.
 """
 
 from __future__ import annotations
@@ -67,3 +70,31 @@ def _add_to(call: Node, item: Node, other: Node) -> bool:
     call.args = (*call.args[:_ADDED], [*added[:position], other, *added[position:]], flags)
     _compat.forget_input_values(call)
     return True
+
+
+def keep_sums(graph: Graph) -> int:
+    """Have every sum of gradients that a site adds to on a GPU stored as soon as it is there, in a joint graph.
+
+    Returns:
+        How many sums.
+    """
+    kept = 0
+    for total in graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor):
+        value = tensor_of(total)
+        if value is None or value.device.type == "cpu" or not any(map(_is_gradient, total.all_input_nodes)):
+            continue
+        if not all(isinstance(size, int) for size in (*value.shape, *value.stride())):
+            continue
+        with graph.inserting_after(total):
+            stored = graph.call_function(torch.ops.aten.as_strided.default)
+        total.replace_all_uses_with(stored)
+        stored.args = (total, list(value.shape), list(value.stride()))
+        stored.meta.update(total.meta)
+        kept += 1
+    return kept
+
+
+def _is_gradient(node: Node) -> bool:
+    """Whether ``node`` is what :func:`as_stored` makes of a gradient."""
+    origin = str(node.meta.get("original_aten"))
+    return node.target is torch.ops.aten.as_strided.default and origin.startswith("attnres.") and "backward" in origin

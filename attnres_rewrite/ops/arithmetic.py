@@ -137,6 +137,16 @@ def hints(for_inductor: bool, device: torch.device) -> tuple[Hint, Hint]:
     return (_row_by_row, keep_in_memory) if for_inductor and device.type == "cpu" else (unchanged, unchanged)
 
 
+def as_stored(value: Tensor, dtype: torch.dtype, for_inductor: bool) -> Tensor:
+    """``value``, a tensor of the size of the stream, as it goes to memory: contiguous and in ``dtype``.
+
+    On a GPU Inductor would keep the float32 number that is rounded here, twice the memory, or not even that but what it
+    was computed from, and round where it is used. Where it is kept, and nothing else is, it is kept in ``dtype``.
+    """
+    kept = value.to(dtype).contiguous()
+    return keep_in_memory(kept) if for_inductor and value.device.type != "cpu" else kept
+
+
 def inverse_rms_of(rows: Sequence[Tensor], eps: float) -> list[Tensor]:
     """Inverse RMS of every source, each ``[..., 1]``."""
     return [torch.rsqrt((row * row).mean(-1, keepdim=True) + eps) for row in rows]

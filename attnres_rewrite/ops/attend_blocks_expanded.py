@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attnres_rewrite.ops.arithmetic import (
+    as_stored,
     check_sources,
     compute_dtype,
     exponentials,
@@ -81,6 +82,8 @@ def expand_forward(
     gains: Sequence[Tensor],
     eps: float,
     scale: float,
+    *,
+    for_inductor: bool = False,
 ) -> list[Tensor]:
     """Mixed of every read, then log-sum of every read."""
     check_reads(blocks, queries, gains)
@@ -91,7 +94,7 @@ def expand_forward(
     for of_read in q:
         peak, exps, denominator = exponentials(logits_of(wide, inverse_rms, of_read, scale))
         factor = 1.0 / denominator
-        mixed.append(weighted_sum(wide, [exp * factor for exp in exps]).to(dtype).contiguous())
+        mixed.append(as_stored(weighted_sum(wide, [exp * factor for exp in exps]), dtype, for_inductor))
         log_sums.append(peak + torch.log(denominator))
     return [*mixed, *log_sums]
 
@@ -132,7 +135,7 @@ def expand_backward(
                 d_row = d_row + of_read * on[i]
             on_row = weighted_sum([d[i] for d in d_logits], [logit[i] for logit in logits])
             d_row = d_row - wide[i] * (on_row * inverse_rms[i].square() / block.shape[-1])
-            found.append(d_row.to(block.dtype).contiguous())
+            found.append(as_stored(d_row, block.dtype, for_inductor))
     if any(wanted[n:]):
         stored_as = promoted_dtype(blocks) if for_inductor else None
         d_q = [sum_over_rows(weighted_sum(wide, on), stored_as) for on in on_query]

@@ -34,7 +34,7 @@ def _forward(
     if _native(blocks, queries, gains):
         found: list[Tensor] = _ops.attend_blocks_native(blocks, queries, gains, *settings)
         return found
-    return expand_forward(blocks, queries, gains, *settings)
+    return expand_forward(blocks, queries, gains, *settings, for_inductor=True)
 
 
 def _backward(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from attnres_rewrite.ops.arithmetic import (
+    as_stored,
     check_gate,
     check_sources,
     coefficients,
@@ -66,7 +67,7 @@ def expand_forward(
     weights = softmax([row_by_row(logit) for logit in logits], float(len(rows)) if sum_ else 1.0, row_by_row)
     factors = coefficients(weights, inverse_rms if value_norm else None, gate, base)
     out = weighted_sum(rows, [stored(factor) for factor in factors])
-    return out.to(promoted_dtype(sources)).contiguous()
+    return as_stored(out, promoted_dtype(sources), for_inductor)
 
 
 def expand_backward(
@@ -109,7 +110,7 @@ def expand_backward(
                 on_norm = on_norm + d_weights[i] * weights[i]
             on_row = stored(on_norm * inverse_rms[i].square() / q.shape[0])
             d_row = d_out * stored(factors[i]) + on_query[i] * q - rows[i] * on_row
-            grads.append(d_row.to(source.dtype).contiguous())
+            grads.append(as_stored(d_row, source.dtype, for_inductor))
     if any(wanted[n : n + 2]):
         d_rows = weighted_sum(rows, on_query)
         if for_inductor and d_rows.device.type != "cpu":

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from attnres_rewrite._compat import register_inductor_decomposition
 from attnres_rewrite.ops.arithmetic import (
+    as_stored,
     check_gate,
     check_sources,
     compute_dtype,
@@ -108,7 +109,7 @@ def _expand_forward(
     if blocks is not None:
         plain = _plain(blocks.to(dtype), partial)
         out = plain * base + out if gate is None else plain + gate.to(dtype) * (plain * (base - 1.0) + out)
-    out = out.to(promoted_dtype([mixed] if partial is None else [mixed, partial])).contiguous()
+    out = as_stored(out, promoted_dtype([mixed] if partial is None else [mixed, partial]), for_inductor)
     # No result may be an input.
     return out.clone() if out is mixed else out
 
@@ -161,13 +162,13 @@ def _expand_backward(
         kept = stored(share)
         out = m + kept * (p - m)
         if wanted[0]:
-            found.append((d_out - d_out * kept).to(mixed.dtype).contiguous())
+            found.append(as_stored(d_out - d_out * kept, mixed.dtype, for_inductor))
         if wanted[1]:
             found.append((-d_logit).to(log_sum.dtype))
         if wanted[2]:
             on_row = stored(d_logit * logit * inverse_rms.square() / q.shape[0])
             d_row = d_out * kept + on_query * q - p * on_row
-            found.append((d_row if d_plain is None else d_row + d_plain).to(partial.dtype).contiguous())
+            found.append(as_stored(d_row if d_plain is None else d_row + d_plain, partial.dtype, for_inductor))
         if any(wanted[3:5]):
             d_rows = p * on_query
             stored_as = partial.dtype if for_inductor and partial.device.type != "cpu" else None
