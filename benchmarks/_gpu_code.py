@@ -229,10 +229,9 @@ def _norm(value: Tensor, gain: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(value.dtype) * gain
 
 
-def cases(n: int, reads: int, width: int, rows: tuple[int, ...], dtype: torch.dtype) -> list[Case]:
-    """A read of ``n`` sources, and both phases for ``reads`` reads of ``n - 1`` blocks."""
+def cases(n: int, width: int, rows: tuple[int, ...], dtype: torch.dtype) -> list[Case]:
+    """A read of ``n`` sources, and phase two."""
     ops = torch.ops.attnres
-    blocks = n - 1
 
     def streams(count: int) -> list[Tensor]:
         return [torch.empty(*rows, width, dtype=dtype) for _ in range(count)]
@@ -252,16 +251,6 @@ def cases(n: int, reads: int, width: int, rows: tuple[int, ...], dtype: torch.dt
         wanted = [True] * (n + 2)
         return tuple(ops.block_attn_res_backward(grad, list(sources), query, gain, *_SETTINGS, False, wanted))
 
-    def attend(*inputs: Tensor) -> tuple[Tensor, ...]:
-        parts = list(inputs[:reads]), list(inputs[reads : 2 * reads]), list(inputs[2 * reads :])
-        return tuple(ops.attend_blocks(parts[2], parts[0], parts[1], *_SETTINGS))
-
-    def attend_backward(*inputs: Tensor) -> tuple[Tensor, ...]:
-        queries, gains, given = inputs[:reads], inputs[reads : 2 * reads], inputs[2 * reads :]
-        wanted = [True] * (blocks + 2 * reads)
-        attended, grads = list(given[:blocks]), list(given[blocks:])
-        return tuple(ops.attend_blocks_backward(grads, attended, list(queries), list(gains), *_SETTINGS, wanted))
-
     def merge(query: Tensor, gain: Tensor, norm: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         mixed, partial, branch, log_sum = given
         partial = partial + branch
@@ -275,14 +264,40 @@ def cases(n: int, reads: int, width: int, rows: tuple[int, ...], dtype: torch.dt
     return [
         Case("read, with the add before and the norm after", read, lambda: vectors(3) + streams(n + 1), n + 1, 2),
         Case("read, backward", read_backward, lambda: vectors(2) + streams(n + 1), n + 1, n + 1),
-        Case("phase one", attend, lambda: vectors(2 * reads) + streams(blocks), blocks, reads),
-        Case(
-            "phase one, backward",
-            attend_backward,
-            lambda: vectors(2 * reads) + streams(blocks + reads) + scalars(reads),
-            blocks + reads,
-            blocks + reads,
-        ),
         Case("phase two, likewise", merge, lambda: vectors(3) + streams(3) + scalars(1), 3, 2),
         Case("phase two, backward", merge_backward, lambda: vectors(2) + streams(3) + scalars(1), 3, 3),
     ]
+
+
+def phase_one(n: int, reads: int, width: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
+    """Registers, bytes spilled and barriers of the package's Triton kernels for ``reads`` reads of ``n`` blocks."""
+    from triton.runtime.jit import MockTensor
+
+    from attnres_rewrite.ops import attend_blocks_triton
+
+    kernels, rows, settings = attend_blocks_triton.kernels, 8192, (1e-6, 1.0)
+    table = MockTensor(torch.float32)
+    blocks = attend_blocks_triton._counted([MockTensor(dtype)] * n)
+    each, scalars, tables = blocks[:1] * reads, (table,) * reads, (table,) * 5
+    fixed: dict[str, Any] = {"COUNT": len(blocks), "READS": reads, "grid": (1,)}
+    row = {"D": 512 // dtype.itemsize, "num_warps": 1}
+    tile = attend_blocks_triton._tile(width)
+    with pretended_h100():
+        found = {
+            name: kernels.score.warmup(
+                blocks, table, each, scalars, *tables, n, width, *settings, BACKWARD=backward, **row, **fixed
+            )
+            for name, backward in (("score", False), ("score, backward", True))
+        }
+        found["mix"] = kernels.mix.warmup(
+            blocks, table, table, each, scalars, n, rows, width, R=attend_blocks_triton._ROWS, **tile, **fixed
+        )
+        flags = 1, 2**n - 1
+        found["differentiate"] = kernels.differentiate.warmup(
+            blocks, table, each, *tables, blocks, blocks, table, n, reads, *flags, rows, width, settings[1],
+            R=32, WANT_QUERIES=True, **tile, **fixed,
+        )  # fmt: skip
+    return {
+        name: {**_resource_usage(kernel.asm["cubin"]), "barriers": kernel.asm["ptx"].count("bar.sync")}
+        for name, kernel in found.items()
+    }

@@ -81,8 +81,8 @@ def compare(blocks: int, reads: int, width: int, dtype: torch.dtype, device: str
         (1, 3, 64, torch.float32),
         (9, 3, 1024, torch.bfloat16),
         (8, 4, 4096, torch.bfloat16),
-        # Wider than one program holds for all reads.
         (5, 3, 7168, torch.bfloat16),
+        # More reads than one launch takes.
         (12, 5, 768, torch.float16),
         (20, 2, 130, torch.float32),
     ],
@@ -105,9 +105,8 @@ import torch
 from attnres_rewrite.ops import attend_blocks_triton
 from test_phase_one_triton import compare
 torch.cuda.device = lambda device: contextlib.nullcontext()
-attend_blocks_triton._multiprocessors = lambda device: 2
-for registers in (1 << 14, 64):
-    attend_blocks_triton._IN_REGISTERS = registers
+for reads in (4, 2):
+    attend_blocks_triton._READS = reads
     compare(1, 1, 20, torch.float32, "cpu")
     compare(9, 3, 33, torch.float32, "cpu")
     compare(5, 4, 40, torch.bfloat16, "cpu", gains=False)

@@ -1,7 +1,7 @@
 """The Triton kernels of phase one; ``attend_blocks_triton.py`` launches them, ``attend_blocks.py`` has the equations.
 
-In all of them ``S`` and ``D`` are the reads of a program and the width ``width``, padded to powers of two; ``COUNT`` is
-the length of the tuples of pointers, of which only the first few are other tensors.
+In all of them ``D`` are the columns of a tile, a power of two; ``COUNT`` is the length of the tuples of pointers, of
+which only the first few are other tensors. What there is one of for every read is a tuple, rebuilt where it changes.
 """
 
 from __future__ import annotations
@@ -64,70 +64,121 @@ def unfold(
 
 
 @triton.jit
-def _add_each(a0, a1, b0, b1):
-    return a0 + b0, a1 + b1
-
-
-@triton.jit
-def _add_three(a0, a1, a2, b0, b1, b2):
-    return a0 + b0, a1 + b1, a2 + b2
-
-
-@triton.jit
-def attend(
+def score(
     blocks,
     keys,
-    mixed,
+    d_mixed,
+    d_log_sums,
+    logits,
     log_sums,
+    d_weights,
+    means,
+    inverse,
     n,
     width,
     eps,
     scale,
     COUNT: tl.constexpr,
     READS: tl.constexpr,
-    S: tl.constexpr,
     D: tl.constexpr,
+    BACKWARD: tl.constexpr,
 ):
-    """Mixed and log-sums of ``READS`` reads of ``n`` blocks, a row a program."""
+    """Logits ``[rows, n, READS]`` and log-sums ``[rows, READS]`` of ``n`` blocks, a row a program.
+
+    In the backward, too, the gradients of the weights, their mean with that of the log-sum taken off, and the inverse
+    RMS of every block ``[rows, n]``. A program is one warp and ``D`` columns what it loads at once: none of the many
+    sums over a row has to wait for another warp.
+    """
     row = tl.program_id(0).to(tl.int64)
-    reads, columns = tl.arange(0, S), tl.arange(0, D)
-    inside = columns < width
-    both = (reads < READS)[:, None] & inside[None, :]
-    at = row * width + columns
-    key = tl.load(keys + reads[:, None] * width + columns[None, :], both, other=0.0)
-    peak = tl.full([S], -float("inf"), tl.float32)
-    total = tl.zeros([S], tl.float32)
-    sums = tl.zeros([S, D], tl.float32)
-    # Asked for two blocks ahead, so that they arrive while the sums over a row are taken.
-    following = tl.load(blocks[0] + at, inside, other=0.0)
-    second = tl.load(blocks[1] + at, inside & (n > 1), other=0.0)
+    peak, total, mean = (-float("inf"),) * READS, (0.0,) * READS, (0.0,) * READS
     for i in range(n):
-        value = following.to(tl.float32)[None, :]
-        following = second
-        second = tl.load(_pick(blocks, i + 2, COUNT) + at, inside & (i + 2 < n), other=0.0)
-        # One reduction for both sums: its latency is what a block costs.
-        squares = tl.broadcast_to(value * value, [S, D])
-        dots, squares = tl.reduce((key * value, squares), 1, _add_each)
-        logit = dots * tl.rsqrt(squares / width + eps) * scale
-        higher = tl.maximum(peak, logit)
-        fading, weight = tl.exp(peak - higher), tl.exp(logit - higher)
-        sums = sums * fading[:, None] + weight[:, None] * value
-        total = total * fading + weight
-        peak = higher
-    sums = sums / total[:, None]
-    log_sum = peak + tl.log(total)
+        block = _pick(blocks, i, COUNT) + row * width
+        squares = tl.zeros([D], tl.float32)
+        dots, d_dots = (squares,) * READS, (squares,) * READS
+        for first in tl.range(0, width, D, loop_unroll_factor=4):
+            columns = first + tl.arange(0, D)
+            inside = columns < width
+            value = tl.load(block + columns, inside, other=0.0).to(tl.float32)
+            squares += value * value
+            more, d_more = (), ()
+            for s in tl.static_range(READS):
+                more = more + (dots[s] + value * tl.load(keys + s * width + columns, inside, other=0.0),)
+                if BACKWARD:
+                    d_out = tl.load(d_mixed[s] + row * width + columns, inside, other=0.0).to(tl.float32)
+                    d_more = d_more + (d_dots[s] + value * d_out,)
+                else:
+                    d_more = d_more + (squares,)
+            dots, d_dots = more, d_more
+        inverse_rms = tl.rsqrt(tl.sum(squares, 0) / width + eps)
+        if BACKWARD:
+            tl.store(inverse + row * n + i, inverse_rms)
+        higher, totals, mean_so_far = (), (), ()
+        for s in tl.static_range(READS):
+            at = (row * n + i) * READS + s
+            logit = tl.sum(dots[s], 0) * (inverse_rms * scale)
+            tl.store(logits + at, logit)
+            high = tl.maximum(peak[s], logit)
+            fading, weight = tl.exp(peak[s] - high), tl.exp(logit - high)
+            higher, totals = higher + (high,), totals + (total[s] * fading + weight,)
+            if BACKWARD:
+                d_weight = tl.sum(d_dots[s], 0)
+                tl.store(d_weights + at, d_weight)
+                mean_so_far = mean_so_far + (mean[s] * fading + weight * d_weight,)
+            else:
+                mean_so_far = mean_so_far + (mean[s],)
+        peak, total, mean = higher, totals, mean_so_far
     for s in tl.static_range(READS):
-        of_read = tl.sum(tl.where(reads[:, None] == s, sums, 0.0), 0)
-        tl.store(mixed[s] + at, of_read.to(mixed[s].dtype.element_ty), inside)
-        tl.store(log_sums[s] + row, tl.sum(tl.where(reads == s, log_sum, 0.0), 0))
+        tl.store(log_sums + row * READS + s, peak[s] + tl.log(total[s]))
+        if BACKWARD:
+            # A logit changes the mixed by its block, against the mean over the blocks, and the log-sum by its weight.
+            tl.store(means + row * READS + s, mean[s] / total[s] - tl.load(d_log_sums[s] + row))
 
 
 @triton.jit
-def attend_backward(
+def mix(
+    blocks,
+    logits,
+    log_sums,
+    mixed,
+    outputs,
+    n,
+    rows,
+    width,
+    COUNT: tl.constexpr,
+    READS: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Mixed of ``READS`` reads, and log-sums, from :func:`score`; ``R`` rows and ``D`` columns a program."""
+    columns = tl.program_id(0) * D + tl.arange(0, D)
+    inside = columns < width
+    first = tl.program_id(1).to(tl.int64) * R
+    for row in range(first, tl.minimum(first + R, rows)):
+        at = row * width + columns
+        sums = (tl.zeros([D], tl.float32),) * READS
+        for i in tl.range(0, n, loop_unroll_factor=4):
+            value = tl.load(_pick(blocks, i, COUNT) + at, inside, other=0.0).to(tl.float32)
+            more = ()
+            for s in tl.static_range(READS):
+                weight = tl.exp(tl.load(logits + (row * n + i) * READS + s) - tl.load(log_sums + row * READS + s))
+                more = more + (sums[s] + weight * value,)
+            sums = more
+        for s in tl.static_range(READS):
+            tl.store(mixed[s] + at, sums[s].to(mixed[s].dtype.element_ty), inside)
+            if tl.program_id(0) == 0:
+                tl.store(outputs[s] + row, tl.load(log_sums + row * READS + s))
+
+
+@triton.jit
+def differentiate(
     blocks,
     keys,
     d_mixed,
-    d_log_sums,
+    logits,
+    log_sums,
+    d_weights,
+    means,
+    inverse,
     added,
     d_blocks,
     d_keys,
@@ -137,69 +188,50 @@ def attend_backward(
     want,
     rows,
     width,
-    eps,
     scale,
     COUNT: tl.constexpr,
     READS: tl.constexpr,
-    S: tl.constexpr,
+    R: tl.constexpr,
     D: tl.constexpr,
     WANT_QUERIES: tl.constexpr,
 ):
-    """Gradients of ``n`` blocks, and of ``READS`` keys summed over the rows of a program.
+    """Gradients of ``n`` blocks, and of ``READS`` keys summed over ``R`` rows, from :func:`score`; ``D`` columns.
 
     ``add`` and ``want`` have a bit for every block: whether something is added to its gradient, and whether that is
     wanted.
     """
-    reads, columns = tl.arange(0, S), tl.arange(0, D)
+    columns = tl.program_id(0) * D + tl.arange(0, D)
     inside = columns < width
-    both = (reads < READS)[:, None] & inside[None, :]
-    of_keys = keys + reads[:, None] * width + columns[None, :]
-    d_key = tl.zeros([S, D], tl.float32)
-    first = tl.program_id(0).to(tl.int64)
-    for row in range(first, rows, tl.num_programs(0)):
+    key, d_key = (), (tl.zeros([D], tl.float32),) * READS
+    for s in tl.static_range(READS):
+        key = key + (tl.load(keys + s * width + columns, inside, other=0.0),)
+    first = tl.program_id(1).to(tl.int64) * R
+    for row in range(first, tl.minimum(first + R, rows)):
         at = row * width + columns
-        d_out = tl.zeros([S, D], d_mixed[0].dtype.element_ty)
-        d_log_sum = tl.zeros([S], tl.float32)
+        d_out = ()
         for s in tl.static_range(READS):
-            of_read = tl.load(d_mixed[s] + at, inside, other=0.0)
-            d_out = tl.where(reads[:, None] == s, of_read[None, :], d_out)
-            d_log_sum = tl.where(reads == s, tl.load(d_log_sums[s] + row), d_log_sum)
-        peak = tl.full([S], -float("inf"), tl.float32)
-        total = tl.zeros([S], tl.float32)
-        mean = tl.zeros([S], tl.float32)
-        for i in range(n):
-            value = tl.load(_pick(blocks, i, COUNT) + at, inside, other=0.0).to(tl.float32)[None, :]
-            key = tl.load(of_keys, both, other=0.0)
-            squares = tl.broadcast_to(value * value, [S, D])
-            dots, squares, d_weight = tl.reduce((key * value, squares, d_out.to(tl.float32) * value), 1, _add_three)
-            logit = dots * tl.rsqrt(squares / width + eps) * scale
-            higher = tl.maximum(peak, logit)
-            fading, weight = tl.exp(peak - higher), tl.exp(logit - higher)
-            mean = mean * fading + weight * d_weight
-            total = total * fading + weight
-            peak = higher
-        # A logit changes the mixed by its block, against the mean over the blocks, and the log-sum by its weight.
-        mean = mean / total - d_log_sum
-        for i in range(n):
-            value = tl.load(_pick(blocks, i, COUNT) + at, inside, other=0.0).to(tl.float32)[None, :]
-            key = tl.load(of_keys, both, other=0.0)
-            squares = tl.broadcast_to(value * value, [S, D])
-            dots, squares, d_weight = tl.reduce((key * value, squares, d_out.to(tl.float32) * value), 1, _add_three)
-            inverse_rms = tl.rsqrt(squares / width + eps)
-            logit = dots * inverse_rms * scale
-            weight = tl.exp(logit - peak) / total
-            d_logit = weight * (d_weight - mean)
-            on_query = d_logit * inverse_rms * scale
-            if WANT_QUERIES:
-                d_key += on_query[:, None] * value
+            d_out = d_out + (tl.load(d_mixed[s] + at, inside, other=0.0).to(tl.float32),)
+        for i in tl.range(0, n, loop_unroll_factor=2):
+            value = tl.load(_pick(blocks, i, COUNT) + at, inside, other=0.0).to(tl.float32)
+            inverse_rms = tl.load(inverse + row * n + i)
+            d_value, on_row, d_more = tl.zeros([D], tl.float32), 0.0, ()
+            for s in tl.static_range(READS):
+                of_block, of_row = (row * n + i) * READS + s, row * READS + s
+                logit = tl.load(logits + of_block)
+                weight = tl.exp(logit - tl.load(log_sums + of_row))
+                d_logit = weight * (tl.load(d_weights + of_block) - tl.load(means + of_row))
+                on_query = d_logit * (inverse_rms * scale)
+                on_row += d_logit * logit
+                d_value += weight * d_out[s] + on_query * key[s]
+                d_more = d_more + (d_key[s] + on_query * value,)
+            d_key = d_more
             if (want >> i) & 1:
-                on_row = d_logit * logit * inverse_rms * inverse_rms / width
-                terms = weight[:, None] * d_out.to(tl.float32) + on_query[:, None] * key - on_row[:, None] * value
-                d_value = tl.sum(terms, 0)
+                d_value -= on_row * inverse_rms * inverse_rms / width * value
                 if (add >> i) & 1:
                     d_value += tl.load(_pick(added, i, COUNT) + at, inside, other=0.0).to(tl.float32)
                 out = _pick(d_blocks, i, COUNT)
                 tl.store(out + at, d_value.to(out.dtype.element_ty), inside)
     if WANT_QUERIES:
-        own = d_keys + first * total_reads * width
-        tl.store(own + reads[:, None] * width + columns[None, :], d_key, both)
+        own = d_keys + tl.program_id(1).to(tl.int64) * total_reads * width
+        for s in tl.static_range(READS):
+            tl.store(own + s * width + columns, d_key[s], inside)

@@ -34,8 +34,8 @@ torch.library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
-# What a Triton kernel holds in registers, and flags of blocks in one integer.
-_MOST_COLUMNS, _MOST_BLOCKS = 8192, 60
+# The Triton kernels have a flag for every block in one integer.
+_MOST_BLOCKS = 60
 _ON_GPU = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -51,8 +51,7 @@ def _implementation(blocks: Sequence[Tensor]) -> ModuleType | None:
         return None
     if first.device.type == "cpu":
         return attend_blocks_cpp if attend_blocks_cpp.library(first.dtype) is not None else None
-    small = first.shape[-1] <= _MOST_COLUMNS and len(blocks) <= _MOST_BLOCKS
-    if first.device.type != "cuda" or not small or first.dtype not in _ON_GPU or not _has_triton():
+    if first.device.type != "cuda" or len(blocks) > _MOST_BLOCKS or first.dtype not in _ON_GPU or not _has_triton():
         return None
     from attnres_rewrite.ops import attend_blocks_triton
 

@@ -1,19 +1,15 @@
 """Phase one on a GPU for any number of blocks: ``attend_blocks.py`` has the equations.
 
-A program computes rows: it loads a block once, takes its norm and its product with every query, and updates a softmax
-and a sum of every read as it goes (as flash attention does over keys), so that neither a source is read twice nor the
-kernel depends on the number of blocks. Inductor's own kernels read every source twice where a row is wider than
-registers, and are others for every number of blocks.
-
-The gradient needs all depth weights of a row before the first gradient of a block, so the backward passes over the
-blocks of a row twice; the second time they are in the L2 cache, as no more rows are in flight than it holds.
+Two kernels that stream. One passes over the blocks and finds the logits, with a row a warp, so that the many sums over
+a row need no barrier; the other passes over them again and writes what is as wide as a block, a tile of columns a
+program. The backward is alike. What is read twice costs less than what one pass took: with all of a row in registers
+it ran at a quarter of the memory's bandwidth (docs/performance.md).
 
 Importing this module imports Triton.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,24 +19,16 @@ from torch import Tensor
 
 from attnres_rewrite.ops import attend_blocks_kernels as kernels
 
-# Elements of all reads of a program, padded to powers of two: what its registers hold with 16 warps.
-_IN_REGISTERS = 1 << 14
-# Warps of a multiprocessor in the backward, of which every program has gradients of the queries of its own.
-_WARPS = 16
+# Reads that one launch takes.
+_READS = 4
+# Columns of a program that writes; rows of one in the forward; programs along the rows in the backward.
+_COLUMNS, _ROWS, _PROGRAMS = 1024, 4, 256
 
 
 def _counted(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """``tensors``, made as many as one of a few numbers: each is a kernel of its own."""
     count = max(8, triton.next_power_of_2(len(tensors)))
     return (*tensors, *[tensors[0]] * (count - len(tensors)))
-
-
-def _shape(reads: int, width: int) -> tuple[int, dict[str, int]]:
-    """Reads that one program takes, and what a kernel is compiled for."""
-    padded = triton.next_power_of_2(width)
-    group = min(reads, max(1, _IN_REGISTERS // padded))
-    settings = {"S": triton.next_power_of_2(group), "D": padded, "num_warps": min(16, max(4, padded // 256))}
-    return group, settings
 
 
 def attend(
@@ -55,22 +43,20 @@ def attend(
         eps: Of the norms.
         scale: Of the logits.
     """
-    first, reads, width = blocks[0], len(queries), blocks[0].shape[-1]
+    first, width = blocks[0], blocks[0].shape[-1]
     mixed = [torch.empty_like(first) for _ in queries]
     log_sums = [first.new_empty((*first.shape[:-1], 1), dtype=torch.float32) for _ in queries]
     if first.numel() == 0:
         return mixed, log_sums
-    group, settings = _shape(reads, width)
+    n, rows = len(blocks), first.numel() // width
     given = _counted(blocks)
     with torch.cuda.device(first.device):
         keys = _folded(queries, gains)
-        for start in range(0, reads, group):
-            part = slice(start, min(start + group, reads))
-            outputs = tuple(mixed[part]), tuple(log_sums[part])
-            fixed = {"COUNT": len(given), "READS": part.stop - start, **settings}
-            kernels.attend[first.numel() // width,](
-                given, keys[part], *outputs, len(blocks), width, eps, scale, **fixed
-            )
+        for part in _groups(len(queries)):
+            scores = _Scores(given, keys[part], n, eps, scale)
+            outputs, fixed = (tuple(mixed[part]), tuple(log_sums[part])), scores.fixed | _tile(width)
+            grid = triton.cdiv(width, fixed["D"]), triton.cdiv(rows, _ROWS)
+            kernels.mix[grid](given, scores.logits, scores.log_sums, *outputs, n, rows, width, R=_ROWS, **fixed)
     return mixed, log_sums
 
 
@@ -104,23 +90,58 @@ def attend_backward(
     first, reads, width = blocks[0], len(queries), blocks[0].shape[-1]
     if first.numel() == 0:
         return [torch.zeros_like(vector) for vector in (*queries, *gains)] if want_vectors else []
-    group, settings = _shape(reads, width)
-    given, rows = _counted(blocks), first.numel() // width
-    programs = min(rows, _WARPS // settings["num_warps"] * _multiprocessors(first.device))
-    want = _flags(d_blocks)
+    n, rows, given, want = len(blocks), first.numel() // width, _counted(blocks), _flags(d_blocks)
+    per_program = max(16, triton.cdiv(rows, _PROGRAMS))
+    parts = triton.cdiv(rows, per_program)
     with torch.cuda.device(first.device):
         keys = _folded(queries, gains)
-        d_keys = keys.new_empty(programs, reads, width) if want_vectors else keys
-        for start in range(0, reads, group):
-            part = slice(start, min(start + group, reads))
+        d_keys = keys.new_empty(parts, reads, width) if want_vectors else keys
+        for part in _groups(reads):
             # Of the second group on, what is there is what is added to.
-            more = d_blocks if start else added
-            grads = tuple(d_mixed[part]), tuple(d_log_sums[part]), _filled(more, first), _filled(d_blocks, first)
+            more = d_blocks if part.start else added
+            scores = _Scores(given, keys[part], n, eps, scale, (tuple(d_mixed[part]), tuple(d_log_sums[part])))
+            tensors = scores.of_backward(), _filled(more, first), _filled(d_blocks, first)
             own = d_keys[:, part] if want_vectors else keys
-            fixed = {"COUNT": len(given), "READS": part.stop - start, "WANT_QUERIES": want_vectors, **settings}
-            sizes = len(blocks), reads, _flags(more), want, rows, width
-            kernels.attend_backward[programs,](given, keys[part], *grads, own, *sizes, eps, scale, **fixed)
+            fixed = scores.fixed | _tile(width) | {"R": per_program, "WANT_QUERIES": want_vectors}
+            sizes = n, reads, _flags(more), want, rows, width
+            kernels.differentiate[triton.cdiv(width, fixed["D"]), parts](
+                given, keys[part], tuple(d_mixed[part]), *tensors[0], *tensors[1:], own, *sizes, scale, **fixed
+            )
         return _unfolded(d_keys, queries, gains) if want_vectors else []
+
+
+class _Scores:
+    """What :func:`kernels.score` finds of a group of reads, in tables that live as long as this."""
+
+    def __init__(
+        self, blocks: tuple[Tensor, ...], keys: Tensor, n: int, eps: float, scale: float, grads: Any = None
+    ) -> None:
+        first, (reads, width) = blocks[0], keys.shape
+        rows = first.numel() // width
+        self.logits, self.log_sums = keys.new_empty(rows, n, reads), keys.new_empty(rows, reads)
+        self.fixed = {"COUNT": len(blocks), "READS": reads}
+        if grads is not None:
+            self.d_weights, self.means = torch.empty_like(self.logits), torch.empty_like(self.log_sums)
+            self.inverse = keys.new_empty(rows, n)
+        of_backward = (self.logits,) * 3 if grads is None else (self.d_weights, self.means, self.inverse)
+        given = ((keys,) * reads, (keys,) * reads) if grads is None else grads
+        # As many columns as a warp loads at once.
+        settings = {"D": 512 // first.element_size(), "BACKWARD": grads is not None, "num_warps": 1, **self.fixed}
+        tables = self.logits, self.log_sums, *of_backward
+        kernels.score[rows,](blocks, keys, *given, *tables, n, width, eps, scale, **settings)
+
+    def of_backward(self) -> tuple[Tensor, ...]:
+        return self.logits, self.log_sums, self.d_weights, self.means, self.inverse
+
+
+def _groups(reads: int) -> list[slice]:
+    return [slice(start, min(start + _READS, reads)) for start in range(0, reads, _READS)]
+
+
+def _tile(width: int) -> dict[str, int]:
+    """Columns of a program that writes; a warp takes 256 of them."""
+    columns = min(_COLUMNS, triton.next_power_of_2(width))
+    return {"D": columns, "num_warps": max(1, columns // 256)}
 
 
 def _flags(tensors: Sequence[Tensor | None]) -> int:
@@ -148,9 +169,3 @@ def _unfolded(d_keys: Tensor, queries: Sequence[Tensor], gains: Sequence[Tensor]
     grid, fixed = (triton.cdiv(width, 128), reads), {"COUNT": len(given[0]), "GAINS": bool(gains), "P": 32, "D": 128}
     kernels.unfold[grid](d_keys, *given, parts, reads, width, **fixed)
     return d_queries + d_gains
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.multi_processor_count)
