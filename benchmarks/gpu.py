@@ -5,12 +5,13 @@
 Sections, in order of importance: ``op`` (one read against fused kernels of peers, cold L2, CUDA graphs), ``step`` (a
 training step of a Llama, plain and rewritten in both schedules, and with layers compiled once), ``wide`` (the same of a
 width of 4096), ``decode`` (one token, static cache), ``published`` (one read of the shape that others have published
-times for), ``peers`` (the training step with a peer's kernel at every site), ``registers`` (one read at several widths,
-looped or with its sources in registers), ``kernels`` (how many kernels one site is, and their code), ``tests`` (the GPU
-tests), ``big`` (one read of large sources) and ``fp32`` (one read in float32). Before the first of them everything
-is compiled once, in many processes at a time, so that what is timed finds it in the caches on disk. Results are in
-``DIR/gpu.json`` after every row, so a run that is cut off loses nothing. What cannot run is skipped with the reason. On
-CPU (``--device cpu --quick``) the same code runs on small sizes, to see that it does.
+times for), ``phases`` (phase one, against Inductor's of the same equations), ``peers`` (the training step with a peer's
+kernel at every site), ``registers`` (one read at several widths, looped or with its sources in registers), ``kernels``
+(how many kernels one site is, and their code), ``tests`` (the GPU tests), ``big`` (one read of large sources) and
+``fp32`` (one read in float32). Before the first of them everything is compiled once, in many processes at a time, so
+that what is timed finds it in the caches on disk. Results are in ``DIR/gpu.json`` after every row, so a run that is cut
+off loses nothing. What cannot run is skipped with the reason. On CPU (``--device cpu --quick``) the same code runs on
+small sizes, to see that it does.
 
 ``--wheels`` names a folder of pure Python wheels (fla-core, liger-kernel, flash-attn-res, fast-attnres) for machines
 that nothing can be installed on; they are unpacked to a temporary folder.
@@ -42,12 +43,26 @@ from _gpu_op import (  # noqa: E402
     published_shape,
     small_shapes,
 )
+from _gpu_phases import measure_phases  # noqa: E402
 from _gpu_timing import Budget, Device, OutOfTime, Record  # noqa: E402
 from _gpu_warm import fill_cache, load_peers, start_compiling, thin_out, wait_for  # noqa: E402
 from _peers import CUDA_PEERS, reason, version, without_folders  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-SECTIONS = ("op", "step", "wide", "decode", "published", "peers", "registers", "kernels", "tests", "big", "fp32")
+SECTIONS = (
+    "op",
+    "step",
+    "wide",
+    "decode",
+    "published",
+    "phases",
+    "peers",
+    "registers",
+    "kernels",
+    "tests",
+    "big",
+    "fp32",
+)
 SOURCES = (3, 5, 9)
 
 
@@ -166,6 +181,7 @@ def sections(
         "wide": wide,
         "decode": decode,
         "published": lambda: measure_shapes("published", [published_shape(quick)], *op_arguments),
+        "phases": lambda: measure_phases(*op_arguments),
         "registers": lambda: in_registers_or_looped(*op_arguments),
         "kernels": lambda: kernels_of_one_site(device, record, options.out, options),
         "big": lambda: measure_shapes("big", [big_shape(quick)], *op_arguments),
