@@ -54,7 +54,7 @@ def test_a_backward_loads_every_source_once(gpu_code, width):
 def test_phase_one_waits_for_no_other_warp_and_spills_nothing(gpu_code, width):
     import torch
 
-    found = gpu_code.phase_one(8, 3, width, torch.bfloat16)
+    found = gpu_code.phase_one(8, 4, width, torch.bfloat16)
     assert {kernel["spilled_bytes"] for kernel in found.values()} == {0}
     # What differentiates shares out the queries, once.
     assert [found[name]["barriers"] for name in ("score", "score, backward", "mix")] == [0, 0, 0]

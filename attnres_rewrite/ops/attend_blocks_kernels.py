@@ -95,7 +95,7 @@ def score(
         block = _pick(blocks, i, COUNT) + row * width
         squares = tl.zeros([D], tl.float32)
         dots, d_dots = (squares,) * READS, (squares,) * READS
-        for first in tl.range(0, width, D, loop_unroll_factor=4):
+        for first in tl.range(0, width, D, loop_unroll_factor=2 if BACKWARD else 4):
             columns = first + tl.arange(0, D)
             inside = columns < width
             value = tl.load(block + columns, inside, other=0.0).to(tl.float32)
