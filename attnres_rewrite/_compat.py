@@ -285,6 +285,11 @@ def register_backend(name: str, backend: Callable[..., Any]) -> None:
 # Nodes that Inductor may fuse into one kernel on a GPU. The backward of a read of nine sources has more than the 64 of
 # its default; it would be cut into two kernels, each of which reads every source.
 GPU_FUSION_SIZE = 512
+# What Inductor estimates for the peak of memory has in it what a fused kernel keeps in registers, in one of reads
+# several times what it writes. By that it would leave the order of autograd for a worse one, and hold what is free.
+GPU_MEMORY: dict[str, Any] = {"reorder_for_peak_memory": False}
+# Not in inference: of a small step, freeing and allocating would be a part.
+GPU_MEMORY_IN_TRAINING = {**GPU_MEMORY, "allow_buffer_reuse": False}
 # Widths up to which a read on a GPU keeps its sources in registers between the two passes over them. Inductor's own
 # limit is 1024. Measured on an H100 (docs/performance.md): at 2048 a read of nine sources is 1.5 times as fast so, and
 # at 7168, where the registers do not suffice, it is slower.
@@ -380,9 +385,8 @@ def inductor_compile(
     on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in inputs)
     if on_gpu:
         patches.setdefault("max_fusion_size", max(inductor.config.max_fusion_size, GPU_FUSION_SIZE))
-        # The estimates that it reorders by count what a fused kernel keeps in registers. Of a read that is several
-        # times what it writes, so the order of the graph, which is that of autograd, passes for a bad one.
-        patches.setdefault("reorder_for_peak_memory", False)
+        trains = torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in inputs)
+        patches = (GPU_MEMORY_IN_TRAINING if trains else GPU_MEMORY) | patches
     before = patches.get("joint_custom_post_pass", inductor.config.joint_custom_post_pass)
     patches["joint_custom_post_pass"] = _inductor_pass(joint_pass, before)
     # The cache of compiled autograd graphs does not look at these tags, so it would not tell two models apart of

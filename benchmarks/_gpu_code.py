@@ -31,7 +31,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
-from attnres_rewrite._compat import GPU_FUSION_SIZE, choices_for_reads
+from attnres_rewrite._compat import GPU_FUSION_SIZE, GPU_MEMORY_IN_TRAINING, choices_for_reads
 
 CARD = "NVIDIA H100 80GB HBM3"
 _PROPERTIES: dict[str, Any] = {
@@ -133,6 +133,7 @@ def generated_code(function: Function, make: Callable[[], Sequence[Tensor]]) -> 
             inputs = list(make())
             graph = make_fx(function, decomposition_table=select_decomp_table())(*inputs)
         settings: dict[str, Any] = {"force_disable_caches": True, "max_fusion_size": GPU_FUSION_SIZE}
+        settings.update(GPU_MEMORY_IN_TRAINING)
         with (
             mock.patch.object(GraphLowering, "save_output_code", keep),
             config.patch(settings),

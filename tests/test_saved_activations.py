@@ -7,6 +7,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 import attnres_rewrite as ar
 from attnres_rewrite.forms.saved_activations import recompute_results
+from attnres_rewrite.forms.summed_gradients import keep_sums
 
 SITE = torch.ops.attnres.merge_partial.default
 
@@ -51,3 +52,27 @@ def test_training_keeps_as_many_tensors_as_the_plain_model(schedule: str) -> Non
     # Three blocks beside the root; and a pass that the user gave to Inductor has run too.
     assert kept_by(schedule, passes) <= kept_by(None, passes) + 1
     assert len(passes) == 1
+
+
+@pytest.mark.parametrize(("device", "contiguous", "stored"), [("meta", True, 1), ("cpu", True, 0), ("meta", False, 0)])
+def test_sums_of_gradients_of_a_site_are_stored_where_they_are_not_on_a_cpu(
+    device: str, contiguous: bool, stored: int
+) -> None:
+    graph = torch.fx.Graph()
+    value = torch.empty(2, 3, 8, device=device)
+    value = value if contiguous else value.transpose(0, 1)
+    term, before, others = (graph.placeholder(name) for name in ("term", "before", "others"))
+    gradient = graph.call_function(torch.ops.aten.as_strided.default, (term, [2, 3, 8], [24, 8, 1]))
+    gradient.meta.update(original_aten=torch.ops.attnres.merge_partial_backward.default)
+    total = graph.call_function(torch.ops.aten.add.Tensor, (before, gradient))
+    plain = graph.call_function(torch.ops.aten.add.Tensor, (before, others))
+    output = graph.output((total, plain))
+    for node in graph.nodes:
+        node.meta["val"] = value
+    assert keep_sums(graph) == stored
+    graph.lint()
+    given, untouched = output.args[0]
+    assert untouched is plain
+    assert (given.target is torch.ops.aten.as_strided.default) == bool(stored)
+    if stored:
+        assert given.args == (total, [2, 3, 8], [24, 8, 1])

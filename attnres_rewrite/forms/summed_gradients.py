@@ -83,7 +83,8 @@ def keep_sums(graph: Graph) -> int:
         value = tensor_of(total)
         if value is None or value.device.type == "cpu" or not any(map(_is_gradient, total.all_input_nodes)):
             continue
-        if not all(isinstance(size, int) for size in (*value.shape, *value.stride())):
+        # Inductor lays out what it is made to store without gaps and in order, whatever the strides here.
+        if not all(isinstance(size, int) for size in value.shape) or not value.is_contiguous():
             continue
         with graph.inserting_after(total):
             stored = graph.call_function(torch.ops.aten.as_strided.default)

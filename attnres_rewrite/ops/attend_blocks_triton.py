@@ -166,6 +166,9 @@ def _unfolded(d_keys: Tensor, queries: Sequence[Tensor], gains: Sequence[Tensor]
     parts, reads, width = d_keys.shape
     d_queries, d_gains = [torch.empty_like(q) for q in queries], [torch.empty_like(g) for g in gains]
     given = [_counted(vectors) for vectors in (queries, gains or queries, d_queries, d_gains or d_queries)]
-    grid, fixed = (triton.cdiv(width, 128), reads), {"COUNT": len(given[0]), "GAINS": bool(gains), "P": 64, "D": 128, "num_warps": 8}
+    grid, fixed = (
+        (triton.cdiv(width, 128), reads),
+        {"COUNT": len(given[0]), "GAINS": bool(gains), "P": 64, "D": 128, "num_warps": 8},
+    )
     kernels.unfold[grid](d_keys, *given, parts, reads, width, **fixed)
     return d_queries + d_gains

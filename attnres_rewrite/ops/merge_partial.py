@@ -109,9 +109,9 @@ def _expand_forward(
     if blocks is not None:
         plain = _plain(blocks.to(dtype), partial)
         out = plain * base + out if gate is None else plain + gate.to(dtype) * (plain * (base - 1.0) + out)
-    out = as_stored(out, promoted_dtype([mixed] if partial is None else [mixed, partial]), for_inductor)
     # No result may be an input.
-    return out.clone() if out is mixed else out
+    out = out.clone() if out is mixed else out
+    return as_stored(out, promoted_dtype([mixed] if partial is None else [mixed, partial]), for_inductor)
 
 
 def _plain(blocks: Tensor, partial: Tensor | None) -> Tensor:
