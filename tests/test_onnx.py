@@ -83,8 +83,8 @@ def test_a_live_llama_with_random_queries_equals_pytorch_at_other_sizes(tmp_path
     forms = {
         "attnres.10_queries": "ScaleQueries",
         "attnres.3_reads_first": "AttendBlocks",
-        "attnres.4_reads_3_partials": "AttendBlocks",
-        "attnres.3_reads_2_partials_last": "AttendBlocks",
+        "attnres.4_reads_of_2_blocks_3_partials": "AttendBlocks",
+        "attnres.3_reads_of_3_blocks_2_partials_last": "AttendBlocks",
         "attnres.partial": "BlockAttnRes",
         "attnres.no_partial": "BlockAttnRes",
     }
@@ -312,8 +312,22 @@ def test_sites_by_themselves(tmp_path: Path, schedule: str) -> None:
     ("blocks", "shared"),
     [
         (1, ["8_reads_first_last"]),
-        (4, ["1_reads_first", *["2_reads_1_partials"] * 2, "3_reads_2_partials_last"]),
-        ("full", ["1_reads_of_2_blocks_0_partials_first", *["1_reads_0_partials"] * 5, "2_reads_1_partials_last"]),
+        (
+            4,
+            [
+                "1_reads_first",
+                *(f"2_reads_of_{n}_blocks_1_partials" for n in (2, 3)),
+                "3_reads_of_4_blocks_2_partials_last",
+            ],
+        ),
+        (
+            "full",
+            [
+                "1_reads_of_2_blocks_0_partials_first",
+                *(f"1_reads_of_{n}_blocks_0_partials" for n in range(3, 8)),
+                "2_reads_of_8_blocks_1_partials_last",
+            ],
+        ),
     ],
 )
 def test_blocks_of_every_size(tmp_path: Path, blocks: Any, shared: list[str]) -> None:

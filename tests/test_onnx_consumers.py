@@ -83,7 +83,7 @@ def test_no_two_functions_have_one_name_and_domain(tower: Exported) -> None:
         ("attnres.6_queries", "ScaleQueries"),
         ("attnres.3_reads_first", "AttendBlocks"),
         ("attnres.partial", "BlockAttnRes"),
-        ("attnres.3_reads_2_partials_last", "AttendBlocks"),
+        ("attnres.3_reads_of_2_blocks_2_partials_last", "AttendBlocks"),
         ("attnres.no_partial", "BlockAttnRes"),
     ]
     assert not any(thing.overload for thing in (*model.functions, *model.graph.node))

@@ -31,7 +31,12 @@ PLAIN = Settings(
 )
 # The sources of each site, by their numbers: two blocks of two layers, and the read after them.
 CHAIN = [(0, 1), (0, 2), (0, 3), (0, 4), (0, 4, 5), (0, 4, 6), (0, 4, 7)]
-NUMPY = {torch.float32: numpy.float32, torch.float64: numpy.float64, torch.float16: numpy.float16}
+NUMPY: dict[torch.dtype, Any] = {
+    torch.float32: numpy.float32,
+    torch.float64: numpy.float64,
+    torch.float16: numpy.float16,
+    torch.bfloat16: pytest.importorskip("ml_dtypes").bfloat16,
+}
 
 
 @dataclasses.dataclass
@@ -70,21 +75,27 @@ class Case:
         return Counter(node.op_type for node in self.model.graph)
 
 
-def case(chain: Sequence[tuple[int, ...]], settings: Settings | Sequence[Settings] = PLAIN) -> Case:
+def case(
+    chain: Sequence[tuple[int, ...]],
+    settings: Settings | Sequence[Settings] = PLAIN,
+    *,
+    width: int = WIDTH,
+    rows: Sequence[int] = (2, 3, 4, 5),
+) -> Case:
     each = [settings] * len(chain) if isinstance(settings, Settings) else list(settings)
     rank, opset = each[0].rank, each[0].opset_version
     random = numpy.random.default_rng(0)
-    shape = (2, 3, 4, 5)[: rank - 1]
+    shape = tuple(rows[: rank - 1])
     dtype = ir.DataType.from_numpy(numpy.dtype(NUMPY[each[0].dtype]))
     values, given = [], {}
     for number in range(1 + max(max(sources) for sources in chain)):
         name = f"source_{number}"
-        dims = ir.Shape([f"d{i}" for i in range(rank - 1)] + [WIDTH])
+        dims = ir.Shape([f"d{i}" for i in range(rank - 1)] + [width])
         values.append(ir.Value(name=name, type=ir.TensorType(dtype), shape=dims))
-        given[name] = random.standard_normal((*shape, WIDTH)).astype(NUMPY[each[0].dtype])
+        given[name] = random.standard_normal((*shape, width)).astype(NUMPY[each[0].dtype])
     nodes, sites, expected, initializers = [], [], [], []
     for index, (sources, one) in enumerate(zip(chain, each, strict=True)):
-        vectors = [random.standard_normal(WIDTH).astype(NUMPY[one.parameter_dtype]) for _ in range(1 + one.gain)]
+        vectors = [random.standard_normal(width).astype(NUMPY[one.parameter_dtype]) for _ in range(1 + one.gain)]
         parameters = []
         for kind, vector in zip(("query", "gain"), vectors, strict=False):
             tensor = ir.tensor(vector, name=f"attn_res.{index}.{kind}")
@@ -145,26 +156,29 @@ def test_every_setting_in_both_forms(settings: Settings, whole: bool) -> None:
     assert [node.name for node in made.model.graph if node.op_type == "BlockAttnRes"] == [s.name for s in made.sites]
 
 
-@pytest.mark.parametrize(
-    ("chain", "shared"),
-    [
-        ([(0, 1), (0, 2), (0, 3)], {"3_reads_first_last"}),
-        ([(0, 1), (0, 1, 2), (0, 1, 2, 3)], {"1_reads_of_2_blocks_0_partials_first", "2_reads_1_partials_last"}),
-        (
-            [(0, 1), (0, 1, 2, 3, 4), (0, 1, 2, 3, 5)],
-            {"1_reads_of_2_blocks_0_partials_first", "2_reads_of_2_blocks_last"},
-        ),
-        # Two streams that begin with the same block.
-        (
-            [(0, 1), (0, 2), (0, 2, 3), (0, 2, 4), (0, 5), (0, 5, 6), (0, 5, 7)],
-            {"1_reads_first_2_following", "3_reads_2_partials_last"},
-        ),
-        # Nothing in common, and one of them by itself.
-        ([(0, 1), (0, 2), (3, 4, 5)], {"2_reads_first_last"}),
-        ([(0, 1), (0, 2), (3, 4), (3, 5), (3, 6)], {"2_reads_first_last", "3_reads_first_last"}),
-    ],
-    ids=["one block", "full", "two blocks at a time", "two that follow", "a lone site", "two streams"],
-)
+# Other ways in which sites can share, and the forms of phase one that they need.
+CHAINS: dict[str, tuple[list[tuple[int, ...]], set[str]]] = {
+    "one block": ([(0, 1), (0, 2), (0, 3)], {"3_reads_first_last"}),
+    "full": (
+        [(0, 1), (0, 1, 2), (0, 1, 2, 3)],
+        {"1_reads_of_2_blocks_0_partials_first", "2_reads_of_3_blocks_1_partials_last"},
+    ),
+    "two blocks at a time": (
+        [(0, 1), (0, 1, 2, 3, 4), (0, 1, 2, 3, 5)],
+        {"1_reads_of_2_blocks_0_partials_first", "2_reads_of_4_blocks_2_new_last"},
+    ),
+    # Two streams that begin with the same block.
+    "two that follow": (
+        [(0, 1), (0, 2), (0, 2, 3), (0, 2, 4), (0, 5), (0, 5, 6), (0, 5, 7)],
+        {"1_reads_first_2_following", "3_reads_of_2_blocks_2_partials_last"},
+    ),
+    # Nothing in common, and one of them by itself.
+    "a lone site": ([(0, 1), (0, 2), (3, 4, 5)], {"2_reads_first_last"}),
+    "two streams": ([(0, 1), (0, 2), (3, 4), (3, 5), (3, 6)], {"2_reads_first_last", "3_reads_first_last"}),
+}
+
+
+@pytest.mark.parametrize(("chain", "shared"), CHAINS.values(), ids=CHAINS)
 def test_the_sources_decide_what_is_shared(chain: list[tuple[int, ...]], shared: set[str]) -> None:
     made = case(chain)
     made.define(write_shared(made.sites))

@@ -102,7 +102,8 @@ def export_onnx(
             that know no functions.
         sites: ``"shared"``: a block is normalised once, for all sites that read it, and a site adds the partial of its
             own block. ``"whole"``: a site takes its sources, its query and its gain, and nothing else is computed
-            anywhere. That is slower on operators, and what to register a kernel for.
+            anywhere. That is slower on operators, and easier to write a kernel of one's own for;
+            ``attnres_rewrite.onnx.register`` has kernels for both.
         ort_fusions: Fuse attention, rotary embeddings and norms into operators that only ONNX Runtime has, for this
             execution provider. For Hugging Face models. Compared on the CPU, and on CUDA where that is at hand.
         tolerance: Largest relative difference that is accepted. Default: 1e-3, 1e-8 in float64, 2e-2 in

@@ -183,11 +183,11 @@ class Form(abc.ABC):
         body.let("dots", f"MatMul ({v}, {columns})")
         return body.let("logits_by_row", f"Div (dots, {self.rms(body, v, 1)})")
 
-    def stack(self, body: Body, sources: Sequence[str]) -> str:
+    def stack(self, body: Body, sources: Sequence[str], name: str = "v") -> str:
         """``sources`` ``[..., D]`` as one ``[..., n, D]``."""
-        side_by_side = body.let("side_by_side", f"Concat <axis = -1> ({', '.join(sources)})")
-        shape = body.integers("shape", [*[0] * (self.rank - 1), len(sources), -1])
-        return self.widened(body, body.let("v", f"Reshape ({side_by_side}, {shape})"), self.dtype)
+        side_by_side = body.let(f"{name}_side_by_side", f"Concat <axis = -1> ({', '.join(sources)})")
+        shape = body.integers(f"{name}_shape", [*[0] * (self.rank - 1), len(sources), -1])
+        return self.widened(body, body.let(name, f"Reshape ({side_by_side}, {shape})"), self.dtype)
 
     def weight(self, body: Body, query: str = "query", gain: str = "gain") -> str:
         """The query, or the rows that are queries, times gain and scale."""

@@ -2,8 +2,9 @@
 
 Three kinds of calls: ``ScaleQueries``, once for all sites of a stream, from constants alone, so that runtimes compute
 it as they load; ``AttendBlocks``, once for each block, for all reads whose newest complete block that is; and
-``BlockAttnRes``, a site, which adds the partial. What an ``AttendBlocks`` hands on to the next one is the stack of
-blocks, and the logits that the reads after it have on these: a block is normalised once.
+``BlockAttnRes``, a site, which adds the partial. What an ``AttendBlocks`` hands on to the next one are the logits that
+the reads after it have on its blocks: a block is normalised once. The blocks themselves are inputs of each call, so
+that a kernel in its place reads them where they are.
 """
 
 from __future__ import annotations
@@ -67,29 +68,35 @@ class AttendBlocks(Form):
     """Phase one of ``reads`` sites, the last ``partials`` of which go on to merge a partial.
 
     Attributes:
-        blocks: Number of complete blocks that it adds to those of the call before.
-        first: Whether there is no call before.
+        blocks: Number of complete blocks.
+        new: How many of them, the last ones, the call before did not have.
         following: How many calls go on from this one.
     """
 
     name = "AttendBlocks"
-    attributes = "eps, sizes"
+    attributes = "eps, sizes, begin, end"
 
     blocks: int
+    new: int
     reads: int
     partials: int
-    first: bool
     following: int
+
+    @property
+    def first(self) -> bool:
+        """Whether there is no call before."""
+        return self.new == self.blocks
 
     @property
     def is_alone(self) -> bool:
         """Whether there is one block in all, which all reads then have for their mixed blocks."""
-        return self.first and self.blocks == 1
+        return self.blocks == 1
 
     @property
     def _kind(self) -> str:
         differing = {
             f"of_{self.blocks}_blocks": self.blocks != 1,
+            f"{self.new}_new": self.new != 1 and not self.first,
             f"{self.partials}_partials": self.partials != self.reads,
             "first": self.first,
             "last": self.following == 0,
@@ -99,9 +106,9 @@ class AttendBlocks(Form):
 
     @property
     def data(self) -> list[str]:
-        """What the call before handed on, the new blocks, and what ``ScaleQueries`` gives."""
-        before = [] if self.first else ["stack_before", "logits_before"]
-        return [*before, *self._new, "columns", *(["ones"] if self.takes_ones else [])]
+        """The logits that the call before handed on, all blocks, and what ``ScaleQueries`` gives."""
+        before = [] if self.first else ["logits_before"]
+        return [*before, *names("v", self.blocks), "columns", *(["ones"] if self.takes_ones else [])]
 
     @property
     def parameters(self) -> list[str]:
@@ -109,15 +116,10 @@ class AttendBlocks(Form):
         return []
 
     @property
-    def _new(self) -> list[str]:
-        return names("v", self.blocks)
-
-    @property
     def outputs(self) -> list[str]:
-        """The mixed of all reads, the log-sums of those with a partial, and what the calls that follow need."""
+        """The mixed of all reads, the log-sums of those with a partial, and the logits of each call that follows."""
         mixed = [] if self.is_alone else names("m", self.reads)
-        state = [f"{name}_{i}" for i in range(self.following) for name in ("logits", "columns")]
-        return [*mixed, *self._log_sums[self.reads - self.partials :], *(["stack"] if state else []), *state]
+        return [*mixed, *self._log_sums[self.reads - self.partials :], *names("logits_", self.following)]
 
     @property
     def _log_sums(self) -> list[str]:
@@ -129,37 +131,38 @@ class AttendBlocks(Form):
 
     def _write(self, body: Body) -> None:
         body.integers("last", [-1])
-        body.integers("before_last", [-2])
-        new = self._logits_of_new(body)
+        stack = "" if self.is_alone else self.stack(body, names("v", self.blocks))
+        new = self._logits_of_new(body, stack)
         own = new if self.first else body.let("logits_all", f"Concat <axis = -1> (logits_before, {new})")
-        if not self.first:
-            body.let("stack", "Concat <axis = -2> (stack_before, rows)")
         if self.following:
             body.let("counts", "Constant <value_ints: ints = @sizes> ()")
-            for axis, name, value in ((-2, "logits", own), (-1, "columns", "columns")):
-                parts = [f"{name}_own", *(f"{name}_{i}" for i in range(self.following))]
-                body.let(", ".join(parts), f"Split <axis = {axis}> ({value}, counts)")
+            parts = ["logits_own", *names("logits_", self.following)]
+            body.let(", ".join(parts), f"Split <axis = -2> ({own}, counts)")
             own = "logits_own"
         if self.partials:
             sums = f"Squeeze ({own}, last)" if self.is_alone else f"ReduceLogSumExp <keepdims = 0> ({own}, last)"
             _split(body, self._log_sums, "log_sums", sums)
         if not self.is_alone:
             body.let("alpha", f"Softmax <axis = -1> ({own})")
-            body.let("mixed", "MatMul (alpha, stack)")
+            body.let("mixed", f"MatMul (alpha, {stack})")
             # Side by side, so that the parts of the Split are [..., D] as they are.
             shape = body.integers("shape_of_reads", [*[0] * (self.rank - 1), -1])
             _split(body, names("m", self.reads), "reads_side_by_side", f"Reshape (mixed, {shape})")
 
-    def _logits_of_new(self, body: Body) -> str:
-        """Name the new blocks, as rows ``[..., n, D]``; returns the logits of the reads on them ``[..., S, n]``."""
-        rows = "stack" if self.first else "rows"
-        if self.blocks == 1:
-            v = self.widened(body, "v0", self.dtype)
-            body.let(rows, f"Unsqueeze ({v}, before_last)")
-            return body.let("logits_new", f"Unsqueeze ({self.logits(body, v, 'columns')}, last)")
-        v = body.let(rows, f"Identity ({self.stack(body, self._new)})")
+    def _logits_of_new(self, body: Body, stack: str) -> str:
+        """The logits ``[..., S, n]`` of the reads from here on, on the new blocks."""
+        columns = "columns"
+        if not self.first:
+            for bound in ("begin", "end"):
+                body.let(f"{bound}_of_reads", f"Constant <value_ints: ints = @{bound}> ()")
+            columns = body.let("columns_of_reads", "Slice (columns, begin_of_reads, end_of_reads, last)")
+        new = names("v", self.blocks)[-self.new :]
+        if self.new == 1:
+            v = self.widened(body, new[0], self.dtype)
+            return body.let("logits_new", f"Unsqueeze ({self.logits(body, v, columns)}, last)")
+        v = stack if self.first else self.stack(body, new, "new")
         swapped = [*range(self.rank - 1), self.rank, self.rank - 1]
-        return body.let("logits_new", f"Transpose <perm = {swapped}> ({self.logits(body, v, 'columns')})")
+        return body.let("logits_new", f"Transpose <perm = {swapped}> ({self.logits(body, v, columns)})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,10 +226,10 @@ _SCALE_QUERIES = """Block Attention Residuals (arXiv:2603.15031): the pseudo-que
 and the scale, as the columns of a matrix [D, {reads}] and one by one [D, 1]."""
 _PHASE = "Block Attention Residuals in two phases (arXiv:2603.15031, section 4), the "
 _ATTEND_BLOCKS = """first, of the {reads} reads whose newest complete block is the last of v, [..., D] each. Every
-block of v has its logits here, for all reads to come: k_i = v_i * rsqrt(mean(v_i^2) + eps),
-logit_si = <column_s, k_i>. Then, over all blocks until now, m_s = sum_i softmax_i(logit_si) * v_i [..., D] and
-l_s = log sum_i exp(logit_si) [..., 1]. (Of one block, m_s is that block.)
-The stack of blocks [..., n, D], and the logits [..., S, n] and columns of later reads, go on to the next block."""
+block has its logits in the first call that has it, for the reads in the columns [begin, end), which are all from here
+on: k_i = v_i * rsqrt(mean(v_i^2) + eps), logit_si = <column_s, k_i>. Then, over all blocks,
+m_s = sum_i softmax_i(logit_si) * v_i [..., D] and l_s = log sum_i exp(logit_si) [..., 1]. (Of one block, m_s is that
+block.) The logits [..., S, n] of later reads go on to the next block; sizes are the numbers S, of these reads first."""
 _MERGE_PARTIAL = """second: of the blocks as mixed for a read, m [..., D], their log-sum l [..., 1], and the
 partial p [..., D] (of the read's own block; after the last block, that block), k = p * rsqrt(mean(p^2) + eps),
 a = sigmoid(<column, k> - l), h = (m + a * (p - m)) * total; the column is the site's query, times gain and scale.

@@ -166,41 +166,53 @@ def _write_tree(root: _Group, sites: Sequence[Site]) -> list[Form]:
     ones = [by_site.pop()] if form.takes_ones else []
     for value, site in zip(by_site, sites, strict=True):
         value.name = f"{site.name}.column"
-    return [form, *_write_group(root, [], columns, dict(zip(sites, by_site, strict=True)), ones)]
+    return [form, *_write_group(root, None, 0, columns, dict(zip(sites, by_site, strict=True)), ones)]
 
 
 def _write_group(
-    group: _Group, state: list[ir.Value], columns: ir.Value, by_site: Mapping[Site, ir.Value], ones: list[ir.Value]
+    group: _Group,
+    logits: ir.Value | None,
+    begin: int,
+    columns: ir.Value,
+    by_site: Mapping[Site, ir.Value],
+    ones: list[ir.Value],
 ) -> list[Form]:
-    """Write ``group`` after what the one before handed on, its ``state``, and the groups that follow it."""
+    """Write ``group`` after what the one before handed on, and the groups that follow it.
+
+    ``begin`` is the first of its columns.
+    """
     sites, settings = group.sites, group.opener.settings
     merging = [site for site in sites if group.merges(site)]
-    new = group.blocks[group.before :]
     form = AttendBlocks(
-        blocks=len(new),
+        blocks=len(group.blocks),
+        new=len(group.blocks) - group.before,
         reads=len(sites),
         partials=len(merging),
-        first=not state,
         following=len(group.following),
         **settings.form,
     )
     counts = [len(sites), *(len(list(following.all_sites())) for following in group.following)]
-    attributes = {"eps": settings.eps, "sizes": counts}
+    attributes = {"eps": settings.eps, "sizes": counts, "begin": [begin], "end": [begin + sum(counts)]}
     name = f"{_range(sites[0], sites[-1])}.blocks"
-    node = _insert(group.opener, form, [*state, *new, columns, *ones], attributes, name)
-    outputs = iter(node.outputs)
-    mixed = [*new * len(sites)] if form.is_alone else [next(outputs) for _ in sites]
+    given = [*([] if logits is None else [logits]), *group.blocks, columns, *ones]
+    outputs = iter(_insert(group.opener, form, given, attributes, name).outputs)
+    mixed = [*group.blocks * len(sites)] if form.is_alone else [_like(site, next(outputs)) for site in sites]
     forms: list[Form] = [form]
     log_sums = {site: next(outputs) for site in merging}
     for site, m in zip(sites, mixed, strict=True):
         merged = [log_sums[site], site.sources[-1], by_site[site], *ones] if site in log_sums else []
         forms.append(_merge(site, [m, *merged], settings.dtype if form.is_alone else form.wide))
-    stack = next(outputs, None)
-    for following in group.following:
-        assert stack is not None
-        logits, later = next(outputs), next(outputs)
-        forms += _write_group(following, [stack, logits], later, by_site, ones)
+    begin += len(sites)
+    for following, count in zip(group.following, counts[1:], strict=True):
+        forms += _write_group(following, next(outputs), begin, columns, by_site, ones)
+        begin += count
     return forms
+
+
+def _like(site: Site, mixed: ir.Value) -> ir.Value:
+    # ONNX Runtime lets a kernel write a read in place of its mixed blocks where it knows that both are of one size.
+    mixed.shape = site.node.outputs[0].shape
+    return mixed
 
 
 def _merge(site: Site, inputs: list[ir.Value], mixed_dtype: torch.dtype) -> Form:

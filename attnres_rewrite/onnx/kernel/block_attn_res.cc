@@ -1,215 +1,55 @@
-// The operator BlockAttnRes of ONNX Runtime's CPU provider, in place of the functions that a file of export_onnx brings.
+// The operators of ONNX Runtime's CPU provider that run in place of the functions that a file of export_onnx brings.
 //
-// A site is a node BlockAttnRes (sources..., query[, gain]) with attributes eps, scale and aggregation, in a domain that
-// tells its form: attnres.<n>_sources, attnres.<n>_sources_sum and so on. ONNX Runtime takes an operator that is
-// registered for a domain before a function of the model, and finds operators by exact domains. So every domain gets
-// the same operator. Which ones there are, is in the entries attnres.domains.0, attnres.domains.1, ... of the session's
-// configuration, separated by commas; without these, the form that most files have, with up to kCommonSources sources:
-// a domain takes ONNX Runtime a fifth of a millisecond in every session.
+// A node's domain tells its form: attnres.<n>_sources for sites by themselves (whole_site.h), attnres.<n>_queries,
+// attnres.<n>_reads, attnres.partial and attnres.no_partial for those that share (shared_sites.h), each with more words
+// where it is not the usual form. ONNX Runtime takes an operator that is registered for a domain before a function of
+// the model, and finds operators by exact domains. Which ones there are, is in the entries attnres.domains.0,
+// attnres.domains.1, ... of the session's configuration, separated by commas; without these, the form that most sites by
+// themselves have, with up to kCommonSources sources: a domain takes ONNX Runtime a fifth of a millisecond in every
+// session, and those of sites that share depend on the model.
 
-#include <algorithm>
-#include <atomic>
-#include <cstdio>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
-#include "rows.h"
-#include "runtime.h"
+#include "shared_sites.h"
+#include "whole_site.h"
 
 namespace attnres {
 namespace {
 
 constexpr size_t kCommonSources = 17;
-// Numbers that one task of the thread pool reads: some microseconds, so that what starts a task is no part of the time.
-constexpr size_t kNumbersPerTask = 1 << 16;
-
-// Kernels that sessions of this process hold.
-std::atomic<int64_t> kernels{0};
-
-template <class T>
-void multiply(std::vector<float>& product, const void* factor) {
-  for (size_t d = 0; d < product.size(); ++d) product[d] *= Vectors<16>::load(static_cast<const T*>(factor) + d, 1)[0];
-}
-
-void multiply(std::vector<float>& product, const Tensor& factor, const char* name) {
-  if (factor.rank != 1 || factor.count() != product.size()) {
-    throw Failure(std::string("the ") + name + " of a BlockAttnRes is not as wide as its sources");
-  }
-  switch (factor.type) {
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
-      return multiply<Float32>(product, factor.data);
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
-      return multiply<Float16>(product, factor.data);
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16:
-      return multiply<BFloat16>(product, factor.data);
-    default:
-      throw Failure(std::string("the ") + name + " of a BlockAttnRes is not of float32, float16 or bfloat16");
-  }
-}
-
-// What the operator of a domain is, and its name.
-struct Operator : OrtCustomOp {
-  std::string domain;
-  size_t sources;
-};
-
-class Kernel {
- public:
-  Kernel(const Operator& op, const OrtApi* api, const OrtKernelInfo* info)
-      : ort_{api}, sources_(op.sources), set_(instruction_set()) {
-    size_t inputs = 0;
-    ort_.check(api->KernelInfo_GetInputCount(info, &inputs));
-    if (inputs != sources_ + 1 && inputs != sources_ + 2) {
-      throw Failure("a BlockAttnRes of " + op.domain + " has " + std::to_string(inputs) +
-                    " inputs; it takes its sources, a query, and a gain or none");
-    }
-    gain_ = inputs == sources_ + 2;
-    ort_.check(api->KernelInfoGetAttribute_float(info, "eps", &eps_));
-    ort_.check(api->KernelInfoGetAttribute_float(info, "scale", &scale_));
-    char aggregation[8] = "";
-    size_t size = sizeof(aggregation);
-    ort_.check(api->KernelInfoGetAttribute_string(info, "aggregation", aggregation, &size));
-    total_ = std::strcmp(aggregation, "sum") == 0 ? static_cast<float>(sources_) : 1.0f;
-    fold_constants(info);
-    tell(op, info);
-    ++kernels;
-  }
-
-  ~Kernel() { --kernels; }
-
-  void compute(OrtKernelContext* context) const {
-    std::vector<const void*> sources(sources_);
-    const Tensor first = input(context, 0);
-    sources[0] = first.data;
-    for (size_t i = 1; i < sources_; ++i) {
-      const Tensor source = input(context, i);
-      if (!source.is_like(first)) throw Failure("the sources of a BlockAttnRes differ in shape or type");
-      sources[i] = source.data;
-    }
-    const size_t width = static_cast<size_t>(first.sizes[first.rank - 1]);
-    std::vector<float> changing;
-    if (constant_.size() != width || width == 0) {
-      const Tensor query = input(context, sources_);
-      const Tensor gain = gain_ ? input(context, sources_ + 1) : query;
-      changing = folded(width, query, gain_ ? &gain : nullptr);
-    }
-    OrtValue* value = nullptr;
-    ort_.check(ort_.api->KernelContext_GetOutput(context, 0, first.sizes, first.rank, &value));
-    void* out = nullptr;
-    ort_.check(ort_.api->GetTensorMutableData(value, &out));
-    const size_t count = first.count();
-    if (count == 0) return;
-    const float* weight = changing.empty() ? constant_.data() : changing.data();
-    switch (first.type) {
-      case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
-        return attend_to<Float32>(context, sources, weight, out, count / width, width);
-      case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
-        return attend_to<Float16>(context, sources, weight, out, count / width, width);
-      case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16:
-        return attend_to<BFloat16>(context, sources, weight, out, count / width, width);
-      default:
-        throw Failure("the sources of a BlockAttnRes are not of float32, float16 or bfloat16");
-    }
-  }
-
-  const Ort& ort() const { return ort_; }
-
- private:
-  Tensor input(const OrtKernelContext* context, size_t index) const {
-    const OrtValue* value = nullptr;
-    ort_.check(ort_.api->KernelContext_GetInput(context, index, &value));
-    return tensor(ort_, value);
-  }
-
-  std::vector<float> folded(size_t width, const Tensor& query, const Tensor* gain) const {
-    std::vector<float> weight(width, 1.0f);
-    multiply(weight, query, "query");
-    if (gain != nullptr) multiply(weight, *gain, "gain");
-    for (float& number : weight) number *= scale_;
-    return weight;
-  }
-
-  // Queries and gains are weights of the model, as a rule.
-  void fold_constants(const OrtKernelInfo* info) {
-    std::vector<Tensor> parameters;
-    for (size_t i = sources_; i < sources_ + (gain_ ? 2 : 1); ++i) {
-      int is_constant = 0;
-      const OrtValue* value = nullptr;
-      ort_.check(ort_.api->KernelInfoGetConstantInput_tensor(info, i, &is_constant, &value));
-      if (!is_constant) return;
-      parameters.push_back(tensor(ort_, value));
-    }
-    constant_ = folded(parameters[0].count(), parameters[0], gain_ ? &parameters[1] : nullptr);
-  }
-
-  void tell(const Operator& op, const OrtKernelInfo* info) const {
-    char name[256] = "";
-    size_t size = sizeof(name);
-    if (OrtStatus* too_long = ort_.api->KernelInfo_GetNodeName(info, name, &size)) ort_.api->ReleaseStatus(too_long);
-    const OrtLogger* logger = nullptr;
-    ort_.check(ort_.api->KernelInfo_GetLogger(info, &logger));
-    static const char* const kNames[] = {"any", "avx2", "avx512"};
-    const std::string message = std::string("attnres: the site ") + name + " of " + op.domain +
-                                " runs as a kernel, instruction set " + kNames[static_cast<int>(set_)];
-    ort_.check(ort_.api->Logger_LogMessage(logger, ORT_LOGGING_LEVEL_INFO, message.c_str(), ORT_FILE, __LINE__,
-                                           static_cast<const char*>(__FUNCTION__)));
-  }
-
-  template <class T>
-  struct Tasks {
-    Site<T> site;
-    void (*attend)(const Site<T>&, size_t, size_t);
-    size_t rows, rows_per_task;
-
-    static void run(void* data, size_t task) {
-      const Tasks& tasks = *static_cast<Tasks*>(data);
-      const size_t first = task * tasks.rows_per_task;
-      tasks.attend(tasks.site, first, std::min(tasks.rows, first + tasks.rows_per_task));
-    }
-  };
-
-  template <class T>
-  void attend_to(OrtKernelContext* context, const std::vector<const void*>& sources, const float* weight, void* out,
-                 size_t rows, size_t width) const {
-    const auto* from = reinterpret_cast<const T* const*>(sources.data());
-    const auto* folded = reinterpret_cast<const Float32*>(weight);
-    const Site<T> site{from, sources_, folded, static_cast<T*>(out), width, eps_, total_};
-    const size_t rows_per_task = std::max<size_t>(1, kNumbersPerTask / (sources_ * width));
-    Tasks<T> tasks{site, attend_for<T>(set_), rows, rows_per_task};
-    const size_t count = (rows + rows_per_task - 1) / rows_per_task;
-    if (count == 1) return Tasks<T>::run(&tasks, 0);
-    ort_.check(ort_.api->KernelContext_ParallelFor(context, Tasks<T>::run, count, 0, &tasks));
-  }
-
-  Ort ort_;
-  size_t sources_;
-  InstructionSet set_;
-  bool gain_ = false;
-  float eps_ = 0, scale_ = 1, total_ = 1;
-  std::vector<float> constant_;
-};
 
 // It is called without an interface.
 std::atomic<const OrtApi*> inference_api{nullptr};
 
-// The result of a site is like its first source.
-OrtStatus* ORT_API_CALL infer_output(const OrtCustomOp*, OrtShapeInferContext* context) {
+// A read is like one of the inputs, where the rank of that is known. What other nodes give is as the file says: ONNX
+// Runtime 1.23 ends the process if the type is told of an output that a node does not have, as one that a tool took away.
+template <size_t kInput>
+OrtStatus* ORT_API_CALL infer_read(const OrtCustomOp*, OrtShapeInferContext* context) {
   const OrtApi* api = inference_api;
-  OrtTensorTypeAndShapeInfo* first = nullptr;
-  if (OrtStatus* status = api->ShapeInferContext_GetInputTypeShape(context, 0, &first)) return status;
-  return api->ShapeInferContext_SetOutputTypeShape(context, 0, first);
+  OrtTensorTypeAndShapeInfo* like = nullptr;
+  size_t rank = 0;
+  if (OrtStatus* status = api->ShapeInferContext_GetInputTypeShape(context, kInput, &like)) return status;
+  if (OrtStatus* status = api->GetDimensionsCount(like, &rank)) return status;
+  return rank == 0 ? nullptr : api->ShapeInferContext_SetOutputTypeShape(context, 0, like);
 }
 
-std::unique_ptr<Operator> make_operator(const std::string& domain, size_t sources) {
-  auto made = std::make_unique<Operator>();
-  made->domain = domain;
-  made->sources = sources;
+// A read of two phases may be written in place of its mixed blocks, which nothing else reads.
+size_t may_write_in_place(int** input, int** output) {
+  *input = new int[1]{0};
+  *output = new int[1]{0};
+  return 1;
+}
+
+template <class Made>
+std::unique_ptr<Operator> make_operator(const std::string& domain, const char* (*name)(const OrtCustomOp*)) {
+  auto made = std::make_unique<Operator>(domain);
   OrtCustomOp& op = *made;
   op.version = kApiVersion;
-  op.GetName = [](const OrtCustomOp*) { return "BlockAttnRes"; };
+  op.GetName = name;
   op.GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
   // Of any type, as long as ONNX Runtime is asked: one operator takes three types of sources, and parameters of others.
   op.GetInputType = [](const OrtCustomOp*, size_t) { return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED; };
@@ -218,22 +58,53 @@ std::unique_ptr<Operator> make_operator(const std::string& domain, size_t source
   op.GetOutputTypeCount = op.GetInputTypeCount;
   op.GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_VARIADIC; };
   op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
-  op.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 2; };
+  op.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
   op.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
-  op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
+  op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
   op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
   op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
   op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
   op.GetEndVersion = [](const OrtCustomOp*) { return 1; };
-  op.InferOutputShapeFn = infer_output;
   op.CreateKernelV2 = [](const OrtCustomOp* self, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
-    return Ort{api}.guarded([&] { *kernel = new Kernel(*static_cast<const Operator*>(self), api, info); });
+    return Ort{api}.guarded([&] {
+      *kernel = static_cast<Kernel*>(new Made(*static_cast<const Operator*>(self), api, info));
+    });
   };
   op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-    const auto& site = *static_cast<const Kernel*>(kernel);
-    return site.ort().guarded([&] { site.compute(context); });
+    const auto& made_kernel = *static_cast<const Kernel*>(kernel);
+    return made_kernel.ort().guarded([&] { made_kernel.compute(context); });
   };
   op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  return made;
+}
+
+const char* block_attn_res(const OrtCustomOp*) { return "BlockAttnRes"; }
+
+std::unique_ptr<Operator> make_operator(const std::string& name) {
+  const Domain domain(name);
+  if (name.find("float64") != std::string::npos) throw Failure("'" + name + "' is of float64, for which is no kernel");
+  if (domain.number("sources", 0) > 0) {
+    auto made = make_operator<WholeSite>(name, block_attn_res);
+    made->InferOutputShapeFn = infer_read<0>;
+    return made;
+  }
+  if (domain.has("partial")) {
+    auto made = make_operator<MergePartial>(name, block_attn_res);
+    if (!domain.begins_with("no")) made->InferOutputShapeFn = infer_read<2>;
+    made->GetMayInplace = may_write_in_place;
+    made->ReleaseMayInplace = [](int* input, int* output) {
+      delete[] input;
+      delete[] output;
+    };
+    return made;
+  }
+  const bool queries = domain.number("queries", 0) > 0;
+  if (!queries && (domain.number("reads", 0) == 0 || domain.number("blocks", 1) == 0)) {
+    throw Failure("'" + name + "' is no domain of sites, as attnres.<n>_sources or attnres.<n>_reads");
+  }
+  auto made = queries ? make_operator<ScaleQueries>(name, [](const OrtCustomOp*) { return "ScaleQueries"; })
+                      : make_operator<AttendBlocks>(name, [](const OrtCustomOp*) { return "AttendBlocks"; });
+  made->GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_VARIADIC; };
   return made;
 }
 
@@ -242,10 +113,9 @@ std::unique_ptr<Operator> make_operator(const std::string& domain, size_t source
 class Domains {
  public:
   void add(const Ort& ort, OrtSessionOptions* options, const std::string& name) {
-    const size_t sources = sources_in(name);
     Entry& entry = entries_[name];
     if (entry.domain == nullptr) {
-      entry.op = make_operator(name, sources);
+      entry.op = make_operator(name);
       ort.check(ort.api->CreateCustomOpDomain(name.c_str(), &entry.domain));
       ort.check(ort.api->CustomOpDomain_Add(entry.domain, entry.op.get()));
     }
@@ -257,16 +127,6 @@ class Domains {
     std::unique_ptr<Operator> op;
     OrtCustomOpDomain* domain = nullptr;
   };
-
-  static size_t sources_in(const std::string& name) {
-    size_t sources = 0;
-    int end = 0;
-    if (std::sscanf(name.c_str(), "attnres.%zu_sources%n", &sources, &end) != 1 || end == 0 || sources == 0) {
-      throw Failure("'" + name + "' is no domain of sites, attnres.<n>_sources");
-    }
-    if (name.find("float64") != std::string::npos) throw Failure("'" + name + "' is of float64, for which is no kernel");
-    return sources;
-  }
 
   std::map<std::string, Entry> entries_;
 };
@@ -328,4 +188,4 @@ ATTNRES_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* opti
 }
 
 // How many sites of the sessions of this process run as kernels.
-ATTNRES_EXPORT int64_t attnres_kernels() { return attnres::kernels; }
+ATTNRES_EXPORT int64_t attnres_kernels() { return attnres::sites; }

@@ -1,4 +1,4 @@
-"""Compiles the kernel: into a file of the user's choice, or once for all into a folder of caches."""
+"""Compiles the kernels: into a file of the user's choice, or once for all into a folder of caches."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ _TIMEOUT_S = 600
 
 
 def build_kernel(out: str | os.PathLike[str] | None = None, *, compiler: str | None = None) -> Path:
-    """Compile the kernel for ONNX Runtime, or find the one that was compiled before.
+    """Compile the kernels for ONNX Runtime, or find what was compiled before.
 
-    It takes some seconds, GCC 9 or Clang 10 or newer, and Linux or macOS. The library runs on every processor of the
+    It takes some 15 seconds, GCC 9 or Clang 10 or newer, and Linux or macOS. The library runs on every processor of the
     architecture, with AVX-512 or AVX2 where there is one, and with ONNX Runtime 1.21 and newer.
 
     Args:

@@ -1,4 +1,5 @@
-// The arithmetic of a site, row by row: see ops/block_attn_res.py for the equation.
+// The arithmetic of a site by itself, row by row, and what it has in common with that of two phases: see
+// ops/block_attn_res.py for the equation.
 //
 // A row of every source is read twice: for the logits, from memory, and for the weighted sum, from the cache. All is
 // float32 whatever the sources are, as in PyTorch. There are no shortcuts for values that are not finite: a NaN or an
@@ -18,15 +19,11 @@
 
 namespace attnres {
 
-template <class T>
-struct Site {
-  const T* const* sources;  // [n] tensors [rows, width]
-  size_t n;
+// What rows are compared with.
+struct Query {
   const Float32* weight;  // query * gain * scale, [width]
-  T* out;                 // [rows, width]
   size_t width;
   float eps;
-  float total;  // what the depth weights sum to
 };
 
 // What one vector of columns adds to the sums of kSources sources. What lies ahead, in the next row, is fetched on the
@@ -46,80 +43,111 @@ ATTNRES_INLINE void add_products(const Float32* weight, const T* const* sources,
 
 // Logits of kSources sources, whose sums are computed side by side: one sum would wait for itself.
 template <int kBytes, int kSources, class T>
-ATTNRES_INLINE void logits_of(const Site<T>& site, const T* const* sources, size_t row, size_t ahead, float* logits) {
+ATTNRES_INLINE void logits_of(const Query& query, const T* const* sources, size_t row, size_t ahead, float* logits) {
   using V = Vectors<kBytes>;
   typename V::Floats dots[kSources] = {}, squares[kSources] = {};
   size_t d = 0;
-  for (; d + V::kCount <= site.width; d += V::kCount) {
-    add_products<kBytes, kSources>(site.weight + d, sources, row + d, V::kCount, ahead, dots, squares);
+  for (; d + V::kCount <= query.width; d += V::kCount) {
+    add_products<kBytes, kSources>(query.weight + d, sources, row + d, V::kCount, ahead, dots, squares);
   }
-  if (d < site.width) {
-    add_products<kBytes, kSources>(site.weight + d, sources, row + d, site.width - d, ahead, dots, squares);
+  if (d < query.width) {
+    add_products<kBytes, kSources>(query.weight + d, sources, row + d, query.width - d, ahead, dots, squares);
   }
   for (int i = 0; i < kSources; ++i) {
-    const float mean_square = V::sum(squares[i]) / static_cast<float>(site.width);
-    logits[i] = V::sum(dots[i]) / std::sqrt(mean_square + site.eps);
+    const float mean_square = V::sum(squares[i]) / static_cast<float>(query.width);
+    logits[i] = V::sum(dots[i]) / std::sqrt(mean_square + query.eps);
   }
 }
 
+// Exponentials, whose sum times that of the peak is the sum of all that they are of.
+struct Exponentials {
+  float peak, sum;
+};
+
 // Softmax, in place, times the total: each exactly 1 if all are equal and the total is their number.
-inline void weigh(float* logits, size_t n, float total) {
+inline Exponentials weigh(float* logits, size_t n, float total) {
   float peak = -std::numeric_limits<float>::infinity(), sum = 0;
   for (size_t i = 0; i < n; ++i) peak = std::max(peak, logits[i]);
   for (size_t i = 0; i < n; ++i) sum += logits[i] = std::exp(logits[i] - peak);
   for (size_t i = 0; i < n; ++i) logits[i] *= total / sum;
+  return {peak, sum};
 }
 
-// kVectors vectors of a row of the result, from column d on.
-template <int kBytes, int kVectors, class T>
-ATTNRES_INLINE void mix(const Site<T>& site, const float* weights, size_t row, size_t d, size_t count) {
+// kVectors vectors of the weighted sum of n sources. What lies ahead is fetched where nothing else did that.
+template <int kBytes, int kVectors, bool kFetches, class T, class Out>
+ATTNRES_INLINE void mix(const T* const* sources, const float* weights, size_t n, Out* out, size_t at, size_t count,
+                        size_t ahead) {
   using V = Vectors<kBytes>;
   typename V::Floats sums[kVectors] = {};
-  for (size_t i = 0; i < site.n; ++i) {
-    const T* from = site.sources[i] + row + d;
-    for (int k = 0; k < kVectors; ++k) sums[k] += weights[i] * V::load(from + k * V::kCount, count);
+  for (size_t i = 0; i < n; ++i) {
+    const T* from = sources[i] + at;
+    for (int k = 0; k < kVectors; ++k) {
+      sums[k] += weights[i] * V::load(from + k * V::kCount, count);
+      if (kFetches) __builtin_prefetch(from + k * V::kCount + ahead);
+    }
   }
-  for (int k = 0; k < kVectors; ++k) V::store(site.out + row + d + k * V::kCount, sums[k], count);
+  for (int k = 0; k < kVectors; ++k) V::store(out + at + k * V::kCount, sums[k], count);
 }
 
-// Rows first to last, with vectors of kBytes bytes.
-template <int kBytes, class T>
-ATTNRES_INLINE void attend(const Site<T>& site, size_t first, size_t last) {
+// A row of the weighted sum.
+template <int kBytes, bool kFetches, class T, class Out>
+ATTNRES_INLINE void mix_row(const T* const* sources, const float* weights, size_t n, Out* out, size_t row, size_t width) {
   constexpr size_t kCount = Vectors<kBytes>::kCount;
-  std::vector<float> weights(site.n);
-  float* const w = weights.data();
-  for (size_t row = first * site.width; row < last * site.width; row += site.width) {
-    const size_t ahead = row + site.width < last * site.width ? site.width : 0;
-    size_t i = 0;
-    for (; i + 4 <= site.n; i += 4) logits_of<kBytes, 4>(site, site.sources + i, row, ahead, w + i);
-    if (i + 3 == site.n) logits_of<kBytes, 3>(site, site.sources + i, row, ahead, w + i);
-    if (i + 2 == site.n) logits_of<kBytes, 2>(site, site.sources + i, row, ahead, w + i);
-    if (i + 1 == site.n) logits_of<kBytes, 1>(site, site.sources + i, row, ahead, w + i);
-    weigh(w, site.n, site.total);
-    size_t d = 0;
-    for (; d + 4 * kCount <= site.width; d += 4 * kCount) mix<kBytes, 4>(site, w, row, d, kCount);
-    for (; d + kCount <= site.width; d += kCount) mix<kBytes, 1>(site, w, row, d, kCount);
-    if (d < site.width) mix<kBytes, 1>(site, w, row, d, site.width - d);
+  size_t d = 0;
+  for (; d + 4 * kCount <= width; d += 4 * kCount) {
+    mix<kBytes, 4, kFetches>(sources, weights, n, out, row + d, kCount, width);
   }
+  for (; d + kCount <= width; d += kCount) {
+    mix<kBytes, 1, kFetches>(sources, weights, n, out, row + d, kCount, width);
+  }
+  if (d < width) mix<kBytes, 1, kFetches>(sources, weights, n, out, row + d, width - d, width);
 }
 
-// The same for the instruction sets of this processor, found where the program runs: a library that was built on one
-// machine runs on others of its architecture.
+// A site by itself.
 template <class T>
-void attend_anywhere(const Site<T>& site, size_t first, size_t last) {
-  attend<16>(site, first, last);
+struct Site {
+  const T* const* sources;  // [n] tensors [rows, width]
+  size_t n;
+  Query query;
+  T* out;       // [rows, width]
+  float total;  // what the depth weights sum to
+
+  // Rows first to last, with vectors of kBytes bytes.
+  template <int kBytes>
+  ATTNRES_INLINE void attend(size_t first, size_t last) const {
+    const size_t width = query.width;
+    std::vector<float> weights(n);
+    float* const w = weights.data();
+    for (size_t row = first * width; row < last * width; row += width) {
+      const size_t ahead = row + width < last * width ? width : 0;
+      size_t i = 0;
+      for (; i + 4 <= n; i += 4) logits_of<kBytes, 4>(query, sources + i, row, ahead, w + i);
+      if (i + 3 == n) logits_of<kBytes, 3>(query, sources + i, row, ahead, w + i);
+      if (i + 2 == n) logits_of<kBytes, 2>(query, sources + i, row, ahead, w + i);
+      if (i + 1 == n) logits_of<kBytes, 1>(query, sources + i, row, ahead, w + i);
+      weigh(w, n, total);
+      mix_row<kBytes, false>(sources, w, n, out, row, width);
+    }
+  }
+};
+
+// The rows of what has an `attend`, for the instruction sets of this processor, found where the program runs: a library
+// that was built on one machine runs on others of its architecture.
+template <class Rows>
+void attend_anywhere(const Rows& rows, size_t first, size_t last) {
+  rows.template attend<16>(first, last);
 }
 
 #if defined(__x86_64__)
-template <class T>
-__attribute__((target("avx2,fma"))) void attend_avx2(const Site<T>& site, size_t first, size_t last) {
-  attend<32>(site, first, last);
+template <class Rows>
+__attribute__((target("avx2,fma"))) void attend_avx2(const Rows& rows, size_t first, size_t last) {
+  rows.template attend<32>(first, last);
 }
 
-template <class T>
-__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))) void attend_avx512(const Site<T>& site,
+template <class Rows>
+__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))) void attend_avx512(const Rows& rows,
                                                                                           size_t first, size_t last) {
-  attend<64>(site, first, last);
+  rows.template attend<64>(first, last);
 }
 #endif
 
@@ -139,14 +167,14 @@ inline InstructionSet instruction_set() {
   return InstructionSet::kAny;
 }
 
-template <class T>
-void (*attend_for(InstructionSet set))(const Site<T>&, size_t, size_t) {
+template <class Rows>
+void (*attend_for(InstructionSet set))(const Rows&, size_t, size_t) {
 #if defined(__x86_64__)
-  if (set == InstructionSet::kAvx512) return attend_avx512<T>;
-  if (set == InstructionSet::kAvx2) return attend_avx2<T>;
+  if (set == InstructionSet::kAvx512) return attend_avx512<Rows>;
+  if (set == InstructionSet::kAvx2) return attend_avx2<Rows>;
 #endif
   (void)set;
-  return attend_anywhere<T>;
+  return attend_anywhere<Rows>;
 }
 
 }  // namespace attnres

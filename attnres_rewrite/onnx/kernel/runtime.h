@@ -55,9 +55,13 @@ struct Tensor {
     return product;
   }
 
-  bool is_like(const Tensor& other) const {
-    return type == other.type && rank == other.rank && std::equal(sizes, sizes + rank, other.sizes);
+  size_t width() const { return static_cast<size_t>(sizes[rank - 1]); }
+
+  bool has_sizes_of(const Tensor& other) const {
+    return rank == other.rank && std::equal(sizes, sizes + rank, other.sizes);
   }
+
+  bool is_like(const Tensor& other) const { return type == other.type && has_sizes_of(other); }
 };
 
 inline Tensor tensor(const Ort& ort, const OrtValue* value) {
@@ -69,7 +73,7 @@ inline Tensor tensor(const Ort& ort, const OrtValue* value) {
   ort.check(ort.api->GetTensorElementType(info, &result.type));
   ort.check(ort.api->GetDimensionsCount(info, &result.rank));
   if (result.rank == 0 || result.rank > kMostDimensions) {
-    throw Failure("a BlockAttnRes takes tensors of one to " + std::to_string(kMostDimensions) + " dimensions");
+    throw Failure("Attention Residuals take tensors of one to " + std::to_string(kMostDimensions) + " dimensions");
   }
   ort.check(ort.api->GetDimensions(info, result.sizes, result.rank));
   void* data = nullptr;
