@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib
 import json
 import os
@@ -22,6 +23,7 @@ def environment() -> dict[str, Any]:
     found = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": _commit(),
+        "sources": _sources(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "os": f"{platform.system()} {platform.machine()}",
@@ -79,3 +81,11 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit if subprocess.run(compare, cwd=here).returncode == 0 else f"{commit}-dirty"
+
+
+def _sources() -> str:
+    """Digest of the package and the benchmarks: whether two measurements ran the same programs, committed or not."""
+    here = Path(__file__).parent
+    files = [*here.glob("*.py"), *(here.parent / "attnres_rewrite").rglob("*.py")]
+    lines = [f"{file.relative_to(here.parent)} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]

@@ -117,6 +117,18 @@ def tables(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def inside_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """Depth weights of the trained models as Markdown: means over the reads, at the last look."""
+    lines = ["| | | largest weight | entropy, nats | norm of the queries |", "|---|---|---|---|---|"]
+    for size, contestants in summaries.items():
+        for name, entry in contestants.items():
+            last = entry["looks"][-1] if entry["looks"] else {}
+            if "largest_weight" in last:
+                means = (statistics.fmean(last[key]) for key in ("largest_weight", "weight_entropy", "query_norm"))
+                lines.append(f"| {size} | {name} | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
+    return "\n".join([*lines, ""])
+
+
 def _text(spread: Sequence[float | None], sign: str = "") -> str:
     mean, deviation = spread
     if mean is None:

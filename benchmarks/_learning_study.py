@@ -107,10 +107,11 @@ class Study:
                 kept = self._weights(run)
                 if run.contestant != contestant or found["looks"] or not kept.exists():
                     continue
-                # To compile would take longer.
-                trainer = self.trainers.setdefault(
-                    contestant, Trainer(contestant, replace(run.shape, backend="eager"), torch.device("cpu"))
-                )
+                if contestant not in self.trainers:
+                    # To compile would take longer.
+                    size = replace(run.shape, backend="eager")
+                    self.trainers[contestant] = Trainer(contestant, size, torch.device("cpu"))
+                trainer = self.trainers[contestant]
                 write_results(self._file(run), found | {"looks": [trainer.look(torch.load(kept), self.text(stage))]})
 
     def trained(self) -> dict[str, Tensor]:

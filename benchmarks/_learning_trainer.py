@@ -127,12 +127,12 @@ class Trainer:
         return ended
 
     def look(self, weights: dict[str, Tensor], text: Text) -> dict[str, Any]:
-        """What is inside of a model with the last ``weights`` of a run."""
+        """What is inside of a model with the last ``weights`` of a run; ``text`` may be another than it learned."""
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(weights[name])
         batch = _held_out(text.validation, self.size, self.size.batch)[0].long()
-        return {"part": 1.0, **inside(self.model, self.contestant, batch.to(self.device))}
+        return {"part": 1.0, "text": text.digest(), **inside(self.model, self.contestant, batch.to(self.device))}
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

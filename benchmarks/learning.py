@@ -46,11 +46,12 @@ import torch  # noqa: E402
 from _environment import unpack_wheels, write_results  # noqa: E402
 from _learning import CONTESTANTS, SIZES, STAGES, STREAMS, finished, read_text  # noqa: E402
 from _learning_all import Everybody, in_order  # noqa: E402
-from _learning_report import summary, tables  # noqa: E402
+from _learning_report import inside_table, summary, tables  # noqa: E402
 from _learning_study import Study  # noqa: E402
+from _learning_time import step_times  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "learning"
-STEPS = ("sweep", "seeds", "scratch", "retrofit", "whole", "all", "look", "report")
+STEPS = ("sweep", "seeds", "scratch", "retrofit", "whole", "all", "look", "time", "report")
 
 
 def report(folder: Path) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def report(folder: Path) -> dict[str, Any]:
                 raise SystemExit(f"runs of {size} ({stage}) in {folder} learned different texts: keep those of one")
             found[size if stage == "scratch" else f"{size}, {stage}"] = summary(runs)
     write_results(folder / "summary.json", found)
-    print(tables(found))
+    print(tables(found), inside_table(found), sep="\n")
     return found
 
 
@@ -122,6 +123,10 @@ def main() -> None:
         quick(contestants)
     elif settings.step == "report":
         report(settings.out)
+    elif settings.step == "time":
+        found = step_times(settings.size, contestants, torch.device(settings.device))
+        write_results(settings.out / "step_time.json", found)
+        print(found["steps"])
     elif settings.step == "all":
         everybody(settings, contestants)
     else:

@@ -13,6 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 HERE = Path(__file__).parent
 IMAGES = HERE.parent / "docs" / "images"
@@ -62,39 +63,75 @@ def draw_schedules() -> None:
 
 
 def draw_learning() -> None:
-    """Models trained from scratch: the loss at every rate, and how far below plain each is on the way, at its best."""
+    """Models trained from scratch: the loss at every rate; on the way, below plain's; at the end, with all seeds."""
     sizes = {name: found for name, found in read("learning/summary").items() if "retrofit" not in name}
-    figure, rows = plt.subplots(len(sizes), 2, figsize=(9, 3.6 * len(sizes)), layout="constrained", squeeze=False)
-    for (rates, way), (size, contestants) in zip(rows, sizes.items(), strict=True):
+    figure, rows = plt.subplots(len(sizes), 3, figsize=(11, 3.6 * len(sizes)), layout="constrained", squeeze=False)
+    for (rates, way, end), (size, contestants) in zip(rows, sizes.items(), strict=True):
         plain = dict(contestants["plain"]["curve"])
-        for i, (name, found) in enumerate(contestants.items()):
-            style = {"color": "0.2" if name == "plain" else f"C{i % 10}", "linestyle": "--" if "gate" in name else "-"}
+        for name, found in contestants.items():
             tried = [(float(rate), loss) for rate, loss in found["rates"].items() if loss is not None]
-            rates.plot(*zip(*tried, strict=True), "o", markersize=3, linewidth=1, **style)
+            rates.plot(*zip(*tried, strict=True), marker="o", markersize=3, linewidth=1, **style(name, contestants))
             tokens, losses = zip(*found["curve"], strict=True)
             below = [loss - plain[token] for token, loss in zip(tokens, losses, strict=True)]
-            way.plot([token / 1e6 for token in tokens], below, linewidth=1, label=name, **style)
-        rates.set(xscale="log", xlabel="learning rate", ylabel="validation loss, nats a byte", title=size)
-        way.set(xlabel="million bytes trained on", ylabel="validation loss minus plain's")
+            way.plot([token / 1e6 for token in tokens], below, linewidth=1, label=name, **style(name, contestants))
+        ticks = sorted({float(rate) for found in contestants.values() for rate in found["rates"]})
+        rates.set(xscale="log", xlabel="learning rate", ylabel="validation loss, nats a byte, first seed", title=size)
+        rates.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+        rates.minorticks_off()
+        way.set(xlabel="million bytes trained on", ylabel="validation loss minus plain's, at the best rates")
         way.legend(frameon=False, fontsize=7, ncols=2)
+        draw_differences(end, contestants)
     figure.savefig(IMAGES / "learning.png", dpi=120)
 
 
+def style(name: str, contestants: Any) -> dict[str, str]:
+    """Of a line: grey for plain, dashed with a gate."""
+    color = "0.2" if name == "plain" else f"C{list(contestants).index(name) % 10}"
+    return {"color": color, "linestyle": "--" if "gate" in name else "-"}
+
+
+def draw_differences(axes: Any, contestants: Any) -> None:
+    """Test loss minus that of the plain model, seed by seed: mean, and standard deviation over the seeds."""
+    names = sorted((n for n in contestants if n != "plain"), key=lambda n: contestants[n]["difference"][0] or 0.0)
+    for y, name in enumerate(names):
+        mean, deviation = contestants[name]["difference"]
+        if mean is not None:
+            axes.errorbar(mean, y, xerr=deviation, fmt="o", color="C0" if mean < 0 else "C3", elinewidth=0.8)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(0, color="0.4", linewidth=0.8)
+    axes.set(xlabel="test loss minus plain's, nats a byte")
+
+
 def draw_retrofit() -> None:
-    """A trained plain model that goes on: test loss minus that of the plain one, mean and deviation over the seeds."""
+    """A trained plain model that goes on, in every form; the scale is linear up to a hundredth."""
     found = {name: entry for name, entry in read("learning/summary").items() if "retrofit" in name}
-    figure, panels = plt.subplots(1, len(found), figsize=(4 + 3 * len(found), 5.5), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(1, len(found), figsize=(8 * len(found), 3.2), layout="constrained", squeeze=False)
     for axes, (size, contestants) in zip(panels[0], found.items(), strict=True):
-        names = sorted((n for n in contestants if n != "plain"), key=lambda n: contestants[n]["difference"][0] or 0.0)
-        for y, name in enumerate(names):
-            mean, deviation = contestants[name]["difference"]
-            if mean is not None:
-                axes.errorbar(mean, y, xerr=deviation, fmt="o", color="C0" if mean < 0 else "C3", elinewidth=0.8)
-        axes.set_yticks(range(len(names)), names, fontsize=7)
-        axes.invert_yaxis()
-        axes.axvline(0, color="0.4", linewidth=0.8)
-        axes.set(xlabel="test loss minus plain's, nats a byte", title=size)
+        draw_differences(axes, contestants)
+        axes.set_xscale("symlog", linthresh=0.01)
+        axes.set_xticks(ticks := [-0.01, -0.005, 0, 0.005, 0.01, 0.1, 0.2], [f"{tick:g}" for tick in ticks])
+        axes.set_title(size)
     figure.savefig(IMAGES / "retrofit.png", dpi=120)
+
+
+def draw_inside() -> None:
+    """Magnitudes and gradients by depth after training from scratch, and how far the reads are from uniform."""
+    contestants = {name: found for name, found in read("learning/summary")["0.4M"].items() if found["looks"]}
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    labels = {
+        "output_rms": "RMS of the running sum after it",
+        "gradient_norm": "norm of the gradient",
+        "largest_weight": "largest depth weight",
+    }
+    for axes, (key, label) in zip(panels, labels.items(), strict=True):
+        for name, found in contestants.items():
+            if values := found["looks"][-1].get(key):
+                axes.plot(values, marker="o", markersize=2, linewidth=1, label=name, **style(name, contestants))
+        axes.set(xlabel="sublayer" if key != "largest_weight" else "read", ylabel=label, ylim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[0].legend(frameon=False, fontsize=7)
+    figure.savefig(IMAGES / "inside.png", dpi=120)
 
 
 if __name__ == "__main__":
@@ -102,3 +139,4 @@ if __name__ == "__main__":
     draw_schedules()
     draw_learning()
     draw_retrofit()
+    draw_inside()

@@ -116,7 +116,8 @@ def with_queries(plain: State, rewritten: nn.Module, std: float, seed: int) -> S
 def fill(template: Path, state: Mapping[str, Tensor], path: Path) -> None:
     """Write ``template`` with the weights ``state`` to ``path``."""
     model = onnx.load(template)
-    remaining = dict(state)
+    # The settings of a rewrite are no numbers of the graph.
+    remaining = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
     for initializer in model.graph.initializer:
         value = remaining.pop(initializer.name.removesuffix(".transposed"), None)
         if value is not None:

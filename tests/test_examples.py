@@ -101,6 +101,18 @@ def test_own_model(tmp_path):
 
 
 @pytest.mark.slow
+def test_retrofit():
+    text = run("retrofit.py", "--steps", "12", "--backend", "eager")
+    assert "verification passed" in text
+    before = difference(text, r"trained plain: loss (\S+)")
+    plain, rewritten = (difference(text, rf"gone on {which}: loss (\S+)") for which in ("plain", "rewritten"))
+    assert plain < before - 0.2
+    assert rewritten < before - 0.2
+    # The same weights and windows, and another model.
+    assert 0 < abs(rewritten - plain) < 0.2
+
+
+@pytest.mark.slow
 def test_compile_backend():
     text = run("compile_backend.py", "--inner", "eager")
     assert re.search(r"inner backend: \d+ nodes, 4 of them AttnRes sites", text), text

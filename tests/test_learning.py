@@ -1,5 +1,8 @@
 """`benchmarks/learning.py`: a tiny study runs to its end, goes on where it was, and counts what it says it counts."""
 
+import json
+import re
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -16,11 +19,12 @@ def learning(monkeypatch):
     import _learning_all
     import _learning_lane
     import _learning_study
+    import _learning_time
     import _learning_trainer
     import learning
 
     learning.runs, learning.lane, learning.study = _learning, _learning_lane, _learning_study
-    learning.trainer, learning.all = _learning_trainer, _learning_all
+    learning.trainer, learning.all, learning.time = _learning_trainer, _learning_all, _learning_time
     return learning
 
 
@@ -55,6 +59,60 @@ def test_every_contestant_is_judged_at_its_own_best_rate_seed_by_seed(learning):
     assert found["mean-2"]["tokens_to_plain"] == [0.5, None]
     row = "| mean-2 | 0.002 | 2 | 2.5000 ± 0.7071 | -0.2000 ± 0.4243 | 50%, never |"
     assert row in learning.tables({"quick": found})
+
+
+def test_the_tables_of_the_evidence_are_those_of_the_runs(learning, capsys, tmp_path):
+    kept = shutil.copytree(learning.RESULTS, tmp_path / "learning")
+    found = learning.report(kept)
+    assert found == json.loads((learning.RESULTS / "summary.json").read_text())
+    assert list(found) == ["0.4M", "0.4M, retrofit"]
+    rows = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\| [\w]", line)]
+    # Contestants of both stages; what is inside of all of them but the plain ones.
+    assert len(rows) == 13 + 11
+    page = Path(__file__).parents[1].joinpath("docs", "evidence.md").read_text()
+    for row in rows:
+        assert row in page, row
+
+
+def test_runs_of_other_texts_are_not_compared(learning, tmp_path):
+    for seed, text in enumerate(("one", "other")):
+        run = made_up("plain", 1e-3, seed, [2.0], 2.0) | {"text": text}
+        (tmp_path / "0.4M").mkdir(exist_ok=True)
+        (tmp_path / learning.runs.Run("0.4M", "plain", 1e-3, seed).path).write_text(json.dumps(run))
+    with pytest.raises(SystemExit, match=r"runs of 0\.4M \(scratch\) in .* learned different texts"):
+        learning.report(tmp_path)
+
+
+def test_step_times_are_compared_round_by_round(learning, monkeypatch):
+    class Trainer:
+        def __init__(self, contestant, *_):
+            self.lanes, self.added = [self], {}
+            self.seconds = iter({"plain": [1.0, 2.0, 4.0], "mean-2": [1.5, 2.0, 8.0]}[contestant])
+
+        def compile(self):
+            pass
+
+        def begin(self, values):
+            pass
+
+    monkeypatch.setattr(learning.time, "Trainer", Trainer)
+    monkeypatch.setattr(learning.time, "_seconds", lambda lane: next(lane.seconds))
+    found = learning.time.step_times("quick", ["plain", "mean-2"], learning.runs.torch.device("cpu"), rounds=3)
+    assert found["steps"] == {
+        "plain": {"seconds": 2.0, "ratio": [1.0, 1.0, 1.0]},
+        "mean-2": {"seconds": 2.0, "ratio": [1.0, 1.5, 2.0]},
+    }
+
+
+@pytest.mark.slow
+def test_a_step_that_is_timed_trains(learning):
+    trainer = learning.trainer.Trainer("plain", learning.runs.SIZES["quick"], learning.runs.torch.device("cpu"))
+    trainer.compile()
+    lane = trainer.lanes[0]
+    lane.begin(trainer.added)
+    before = [weight.clone() for weight in lane.weights]
+    assert learning.time._seconds(lane) > 0
+    assert not any(learning.runs.torch.equal(*pair) for pair in zip(before, lane.weights, strict=True))
 
 
 def test_the_sweep_goes_on_while_the_best_rate_is_at_an_end(learning, monkeypatch, tmp_path):
