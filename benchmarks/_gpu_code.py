@@ -295,8 +295,8 @@ def phase_one(n: int, reads: int, width: int, dtype: torch.dtype) -> dict[str, d
         )
         flags = 1, 2**n - 1
         found["differentiate"] = kernels.differentiate.warmup(
-            blocks, table, each, *tables, blocks, blocks, table, n, reads, *flags, rows, width, settings[1],
-            R=32, WANT_QUERIES=True, **tile, **fixed,
+            blocks, table, each, *tables, blocks, blocks, table, n, reads, *flags, rows, 32, width, settings[1],
+            WANT_QUERIES=True, **tile, **fixed,
         )  # fmt: skip
     return {
         name: {**_resource_usage(kernel.asm["cubin"]), "barriers": kernel.asm["ptx"].count("bar.sync")}

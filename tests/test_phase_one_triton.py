@@ -84,6 +84,7 @@ def compare(blocks: int, reads: int, width: int, dtype: torch.dtype, device: str
         (5, 3, 7168, torch.bfloat16),
         # More reads than one launch takes.
         (12, 5, 768, torch.float16),
+        (4, 3, 5120, torch.float32),
         (20, 2, 130, torch.float32),
     ],
 )
@@ -110,6 +111,9 @@ for reads in (4, 2):
     compare(1, 1, 20, torch.float32, "cpu")
     compare(9, 3, 33, torch.float32, "cpu")
     compare(5, 4, 40, torch.bfloat16, "cpu", gains=False)
+# Rows of several tiles, the last of them not full.
+attend_blocks_triton._COLUMNS = 128
+compare(3, 2, 300, torch.float32, "cpu")
 print("equal")
 """
 

@@ -150,9 +150,9 @@ def mix(
     D: tl.constexpr,
 ):
     """Mixed of ``READS`` reads, and log-sums, from :func:`score`; ``R`` rows and ``D`` columns a program."""
-    columns = tl.program_id(0) * D + tl.arange(0, D)
+    columns = tl.program_id(1) * D + tl.arange(0, D)
     inside = columns < width
-    first = tl.program_id(1).to(tl.int64) * R
+    first = tl.program_id(0).to(tl.int64) * R
     for row in range(first, tl.minimum(first + R, rows)):
         at = row * width + columns
         sums = (tl.zeros([D], tl.float32),) * READS
@@ -165,7 +165,7 @@ def mix(
             sums = more
         for s in tl.static_range(READS):
             tl.store(mixed[s] + at, sums[s].to(mixed[s].dtype.element_ty), inside)
-            if tl.program_id(0) == 0:
+            if tl.program_id(1) == 0:
                 tl.store(outputs[s] + row, tl.load(log_sums + row * READS + s))
 
 
@@ -187,26 +187,26 @@ def differentiate(
     add,
     want,
     rows,
+    of_program,
     width,
     scale,
     COUNT: tl.constexpr,
     READS: tl.constexpr,
-    R: tl.constexpr,
     D: tl.constexpr,
     WANT_QUERIES: tl.constexpr,
 ):
-    """Gradients of ``n`` blocks, and of ``READS`` keys summed over ``R`` rows, from :func:`score`; ``D`` columns.
+    """Gradients of ``n`` blocks, and of ``READS`` keys summed over the ``of_program`` rows of a program.
 
-    ``add`` and ``want`` have a bit for every block: whether something is added to its gradient, and whether that is
-    wanted.
+    From :func:`score`; ``D`` columns a program. ``add`` and ``want`` have a bit for every block: whether something is
+    added to its gradient, and whether that is wanted.
     """
-    columns = tl.program_id(0) * D + tl.arange(0, D)
+    columns = tl.program_id(1) * D + tl.arange(0, D)
     inside = columns < width
     key, d_key = (), (tl.zeros([D], tl.float32),) * READS
     for s in tl.static_range(READS):
         key = key + (tl.load(keys + s * width + columns, inside, other=0.0),)
-    first = tl.program_id(1).to(tl.int64) * R
-    for row in range(first, tl.minimum(first + R, rows)):
+    first = tl.program_id(0).to(tl.int64) * of_program
+    for row in range(first, tl.minimum(first + of_program, rows)):
         at = row * width + columns
         d_out = ()
         for s in tl.static_range(READS):
@@ -232,6 +232,6 @@ def differentiate(
                 out = _pick(d_blocks, i, COUNT)
                 tl.store(out + at, d_value.to(out.dtype.element_ty), inside)
     if WANT_QUERIES:
-        own = d_keys + tl.program_id(1).to(tl.int64) * total_reads * width
+        own = d_keys + tl.program_id(0).to(tl.int64) * total_reads * width
         for s in tl.static_range(READS):
             tl.store(own + s * width + columns, d_key[s], inside)

@@ -55,7 +55,7 @@ def attend(
         for part in _groups(len(queries)):
             scores = _Scores(given, keys[part], n, eps, scale)
             outputs, fixed = (tuple(mixed[part]), tuple(log_sums[part])), scores.fixed | _tile(width)
-            grid = triton.cdiv(width, fixed["D"]), triton.cdiv(rows, _ROWS)
+            grid = triton.cdiv(rows, _ROWS), triton.cdiv(width, fixed["D"])
             kernels.mix[grid](given, scores.logits, scores.log_sums, *outputs, n, rows, width, R=_ROWS, **fixed)
     return mixed, log_sums
 
@@ -102,9 +102,9 @@ def attend_backward(
             scores = _Scores(given, keys[part], n, eps, scale, (tuple(d_mixed[part]), tuple(d_log_sums[part])))
             tensors = scores.of_backward(), _filled(more, first), _filled(d_blocks, first)
             own = d_keys[:, part] if want_vectors else keys
-            fixed = scores.fixed | _tile(width) | {"R": per_program, "WANT_QUERIES": want_vectors}
-            sizes = n, reads, _flags(more), want, rows, width
-            kernels.differentiate[triton.cdiv(width, fixed["D"]), parts](
+            fixed = scores.fixed | _tile(width) | {"WANT_QUERIES": want_vectors}
+            sizes = n, reads, _flags(more), want, rows, per_program, width
+            kernels.differentiate[parts, triton.cdiv(width, fixed["D"])](
                 given, keys[part], tuple(d_mixed[part]), *tensors[0], *tensors[1:], own, *sizes, scale, **fixed
             )
         return _unfolded(d_keys, queries, gains) if want_vectors else []
