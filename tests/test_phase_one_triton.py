@@ -111,8 +111,8 @@ for reads in (4, 2):
     compare(1, 1, 20, torch.float32, "cpu")
     compare(9, 3, 33, torch.float32, "cpu")
     compare(5, 4, 40, torch.bfloat16, "cpu", gains=False)
-# Rows of several tiles, the last of them not full.
-attend_blocks_triton._COLUMNS = 128
+# Rows of several tiles and programs of several rows, the last of them not full.
+attend_blocks_triton._COLUMNS, attend_blocks_triton._LEAST_ROWS = 128, 4
 compare(3, 2, 300, torch.float32, "cpu")
 print("equal")
 """

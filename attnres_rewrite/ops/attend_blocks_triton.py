@@ -21,8 +21,9 @@ from attnres_rewrite.ops import attend_blocks_kernels as kernels
 
 # Reads that one launch takes.
 _READS = 4
-# Columns of a program that writes; rows of one in the forward; programs along the rows in the backward.
-_COLUMNS, _ROWS, _PROGRAMS = 1024, 4, 256
+# Columns of a program that writes; rows of one in the forward; in the backward programs along the rows, of which each
+# has gradients of the queries of its own, and the least rows of one.
+_COLUMNS, _ROWS, _PROGRAMS, _LEAST_ROWS = 1024, 4, 256, 16
 
 
 def _counted(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -91,7 +92,7 @@ def attend_backward(
     if first.numel() == 0:
         return [torch.zeros_like(vector) for vector in (*queries, *gains)] if want_vectors else []
     n, rows, given, want = len(blocks), first.numel() // width, _counted(blocks), _flags(d_blocks)
-    per_program = max(16, triton.cdiv(rows, _PROGRAMS))
+    per_program = max(_LEAST_ROWS, triton.cdiv(rows, _PROGRAMS))
     parts = triton.cdiv(rows, per_program)
     with torch.cuda.device(first.device):
         keys = _folded(queries, gains)
