@@ -32,7 +32,7 @@ from attnres_rewrite import _compat
 from attnres_rewrite.forms import backend, saved_activations
 from attnres_rewrite.forms.backend import AttnResBackend
 from attnres_rewrite.graph.nodes import GraphBuilder, op_name
-from attnres_rewrite.ops import attend_blocks_native
+from attnres_rewrite.ops import attend_blocks_cpp
 from attnres_rewrite.passes import Outlined, OutlineLayers, PostconditionError
 from attnres_rewrite.passes.bodies import Body
 from attnres_rewrite.passes.outline_layers import BODY
@@ -157,7 +157,7 @@ def names(graph: fx.Graph) -> list[str]:
 def test_reads_are_in_the_bodies(outlined, graphs, monkeypatch, blocks, settings, attended: int, native: bool) -> None:
     """Between the calls there is phase one, and the read after the last layer."""
     if not native:
-        monkeypatch.setattr(attend_blocks_native, "library", lambda dtype: None)
+        monkeypatch.setattr(attend_blocks_cpp, "library", lambda dtype: None)
     assert_as_inline(lambda: Tower(3), embeddings(), blocks, **settings)
     (found,), (module,) = outlined, graphs
     assert (found.calls, found.inline) == ((6,), ())
@@ -538,7 +538,7 @@ def test_inductor_compiles_a_body_once(outlined, monkeypatch, training: bool) ->
 @pytest.mark.slow
 def test_inductor_without_the_compiled_function(monkeypatch) -> None:
     """Phase one is expanded, and its log-sums, which are parts of one tensor there, are copied for the bodies."""
-    monkeypatch.setattr(attend_blocks_native, "library", lambda dtype: None)
+    monkeypatch.setattr(attend_blocks_cpp, "library", lambda dtype: None)
     assert_as_inline(lambda: Tower(3), embeddings(), [2, 1], backend="inductor")
 
 
