@@ -48,6 +48,7 @@ def main() -> None:
         optimizer.zero_grad()
         if dist.get_rank() == 0:
             print(f"step {step:3d}  loss {loss.item():.3f}")
+    dist.barrier()
     dist.destroy_process_group()
 
 

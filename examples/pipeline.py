@@ -49,6 +49,7 @@ def main() -> None:
         optimizer.zero_grad()
         if losses:
             print(f"step {step:3d}  loss {torch.stack(losses).mean().item():.3f}")
+    dist.barrier()
     dist.destroy_process_group()
 
 

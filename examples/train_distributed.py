@@ -48,6 +48,7 @@ def main() -> None:
     dist.all_gather(totals, total)
     if dist.get_rank() == 0:
         print(f"queries: norm {total.sqrt().item():.4f}, {(max(totals) - min(totals)).item():.1e} between processes")
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -42,7 +42,11 @@ def run_on_two(name: str, *arguments: str) -> list[float]:
     """The losses that the first of two processes prints, and how far the queries are apart, where it prints that."""
     launch = ["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     command = [sys.executable, "-m", "torch.distributed.run", *launch, EXAMPLES / name, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        # On a busy machine gloo may end a process whose neighbour has left already, after all its work.
+        if "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     return [float(a or b) for a, b in re.findall(r"loss ([\d.]+)|, ([\d.e+-]+) between", done.stdout)]
 
