@@ -49,7 +49,7 @@ def compare(blocks: int, reads: int, width: int, dtype: torch.dtype, device: str
 
     sources, queries, of_keys, d_mixed, d_log_sums, added = given(blocks, reads, width, dtype, device)
     vectors = (queries, of_keys) if gains else (queries, [])
-    assert device == "cpu" or attend_blocks_native._usable(sources, *vectors) is attend_blocks_triton
+    assert device == "cpu" or attend_blocks_native.usable(sources, *vectors) is attend_blocks_triton
     flags, wanted = [i % 2 == 1 for i in range(blocks)], [True] * (blocks + sum(map(len, vectors)))
     wanted[0] = blocks == 1
     functions = (attend_blocks_triton.attend, attend_blocks_triton.attend_backward)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from attnres_rewrite._compat import register_inductor_decomposition
 from attnres_rewrite.ops import attend_blocks_native
-from attnres_rewrite.ops.arithmetic import compute_dtype
 from attnres_rewrite.ops.attend_blocks_expanded import (
     expand_backward,
     expand_backward_on_cpu,
@@ -56,8 +55,7 @@ def _backward(
 
 
 def _native(blocks: Sequence[Tensor], queries: Sequence[Tensor], gains: Sequence[Tensor]) -> bool:
-    in_float32 = compute_dtype(*blocks, *queries, *gains) == torch.float32
-    return in_float32 and attend_blocks_native.takes(blocks)
+    return attend_blocks_native.takes(blocks) and attend_blocks_native.usable(blocks, queries, gains) is not None
 
 
 register_inductor_decomposition(_ops.attend_blocks.default, _forward)

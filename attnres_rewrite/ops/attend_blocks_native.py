@@ -62,17 +62,18 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _usable(blocks: Sequence[Tensor], queries: Sequence[Tensor], gains: Sequence[Tensor]) -> ModuleType | None:
-    """The module for ``blocks``, if it takes these queries and gains too."""
+def usable(blocks: Sequence[Tensor], queries: Sequence[Tensor], gains: Sequence[Tensor]) -> ModuleType | None:
+    """The module with compiled functions for ``blocks``, if it takes these queries and gains too."""
     wide = torch.float64 if blocks[0].dtype == torch.float64 else torch.float32
-    mixed = any(len({vector.dtype for vector in vectors}) > 1 for vectors in (queries, gains))
+    # A kernel picks one of several pointers, which are of one type.
+    mixed = blocks[0].device.type != "cpu" and any(len({v.dtype for v in given}) > 1 for given in (queries, gains))
     return None if mixed or compute_dtype(*blocks, *queries, *gains) != wide else _implementation(blocks)
 
 
 def _forward(
     blocks: Sequence[Tensor], queries: Sequence[Tensor], gains: Sequence[Tensor], eps: float, scale: float
 ) -> list[Tensor]:
-    if (functions := _usable(blocks, queries, gains)) is None:
+    if (functions := usable(blocks, queries, gains)) is None:
         return attend_blocks.forward(blocks, queries, gains, eps, scale)
     attend_blocks_expanded.check_reads(blocks, queries, gains)
     refuse_tangents("attend_blocks_native", *blocks, *queries, *gains)
@@ -98,7 +99,7 @@ def _backward(
     n, reads = len(blocks), len(queries)
     given = iter(added)
     of_block = [next(given) if there else None for there in added_to]
-    if (functions := _usable(blocks, queries, gains)) is None:
+    if (functions := usable(blocks, queries, gains)) is None:
         found = attend_blocks.backward(grads, blocks, queries, gains, eps, scale, wanted)
         more = [tensor for tensor, want in zip(of_block, wanted[:n], strict=True) if want]
         sums = [d if tensor is None else d + tensor for d, tensor in zip(found[: len(more)], more, strict=True)]

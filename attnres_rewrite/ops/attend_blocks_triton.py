@@ -35,7 +35,7 @@ def _counted(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def attend(
     blocks: Sequence[Tensor], queries: Sequence[Tensor], gains: Sequence[Tensor], eps: float, scale: float
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Mixed ``[..., D]`` of every read and log-sums ``[..., 1]``.
+    """What ``attend_blocks_cpp.attend`` gives, in float32.
 
     Args:
         blocks: Contiguous, ``[..., D]``, of one dtype on one GPU.
@@ -74,20 +74,7 @@ def attend_backward(
     eps: float,
     scale: float,
 ) -> list[Tensor]:
-    """Write the gradients of the blocks to ``d_blocks``; return those of queries and gains, if they are wanted.
-
-    Args:
-        blocks: As in :func:`attend`.
-        queries: As in :func:`attend`.
-        gains: As in :func:`attend`.
-        d_mixed: A gradient ``[..., D]`` of every read, contiguous, in the dtype of the blocks.
-        d_log_sums: A gradient ``[..., 1]`` of every read, contiguous, float32.
-        added: What is added to the gradient of a block, for every block; contiguous, in its dtype.
-        d_blocks: Where the gradient of a block is written, for every block; ``None`` where none is wanted.
-        want_vectors: Whether gradients of queries and gains are wanted.
-        eps: Of the norms.
-        scale: Of the logits.
-    """
+    """What ``attend_blocks_cpp.attend_backward`` does, for what :func:`attend` takes; the arithmetic is in float32."""
     first, reads, width = blocks[0], len(queries), blocks[0].shape[-1]
     if first.numel() == 0:
         return [torch.zeros_like(vector) for vector in (*queries, *gains)] if want_vectors else []
