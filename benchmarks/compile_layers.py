@@ -2,13 +2,17 @@
 
 Each form runs its first step in a process of its own with an empty cache; the forms take turns. Wall time is what a
 user waits for; CPU time, of the process and all that it starts, depends less on what else the machine does. Then the
-median of later steps, which is a first look: `end_to_end.py` measures steps. "saved" is what a training step keeps for
-the backward (`_memory.py`).
+median of later steps, which is a first look. "saved" is what a training step keeps for the backward (`_memory.py`).
+"regions" is the plain model with every layer under PyTorch's own `torch.compiler.nested_compile_region`.
+
+With `--turns N` later steps are measured instead: one process compiles all forms, and they take turns, a step each, N
+times. Ratios are taken within a turn.
 
     python benchmarks/compile_layers.py [--layers 12] [--width 256] [--length 256] [--batch 2] [--blocks 8]
-        [--steps training inference] [--rounds 1] [--forms plain inline once]
+        [--steps training inference] [--rounds 1] [--forms plain regions inline once] [--turns N]
 
-Figures of the same settings that the file has already, of other layers or steps, are kept.
+Figures of the same settings that the file has already, of other layers or steps, are kept; so are forms that are not
+measured now, if it is one round.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +40,9 @@ import attnres_rewrite
 from attnres_rewrite.bench.forms import randomise_queries
 
 RESULTS = Path(__file__).parent / "results" / "compile_layers.json"
-FORMS = ("plain", "inline", "once")
+FORMS = ("plain", "regions", "inline", "once")
 STEPS = ("training", "inference")
-VOCABULARY, HEAD_WIDTH, LATER = 8192, 64, 5
+VOCABULARY, HEAD_WIDTH, LATER, WARM_UP = 8192, 64, 5, 3
 
 
 def make_model(form: str, options: argparse.Namespace) -> nn.Module:
@@ -53,7 +58,9 @@ def make_model(form: str, options: argparse.Namespace) -> nn.Module:
         use_cache=False,
     )
     model: nn.Module = LlamaForCausalLM(config)
-    if form == "plain":
+    if form in ("plain", "regions"):
+        for layer in model.model.layers if form == "regions" else ():
+            layer.forward = torch.compiler.nested_compile_region(layer.forward)
         model.compile()
         return model
     settings = attnres_rewrite.AttnResConfig(min(options.blocks, options.layers), compile_layers=form)
@@ -67,6 +74,47 @@ def measure(form: str, step: str, options: argparse.Namespace) -> dict[str, Any]
     # What happens once in a process counts for no form.
     torch.compile(lambda x: x.sin() + 1)(torch.zeros(64))
     model = make_model(form, options).train(step == "training")
+    loss_of, run = steps_of(model, step, options)
+    files, before, start = cpp_files(), cpu_seconds(), time.perf_counter()
+    loss = run()
+    first = time.perf_counter() - start
+    found = {"wall_s": first, "cpu_s": cpu_seconds() - before, "cpp_files": cpp_files() - files, "loss": loss.item()}
+    if step == "training":
+        parameters = model.parameters()
+        found["gradient_norm"] = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+    found["step_s"] = statistics.median(timed(run) for _ in range(LATER))
+    return {**found, **memory_of_step(model, loss_of)} if step == "training" else found
+
+
+def take_turns(step: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Times of later steps, in this process; every ratio is to the plain model's step of the same turn."""
+    runs = {}
+    for form in options.forms:
+        runs[form] = steps_of(make_model(form, options).train(step == "training"), step, options)[1]
+        runs[form]()
+    times: dict[str, list[float]] = {form: [] for form in runs}
+    for turn in range(options.turns + WARM_UP):
+        for form, run in runs.items():
+            seconds = timed(run)
+            if turn >= WARM_UP:
+                times[form].append(seconds)
+    return {form: summary(values, times) for form, values in times.items()}
+
+
+def summary(values: list[float], times: dict[str, list[float]]) -> dict[str, Any]:
+    found: dict[str, Any] = {"step_s": statistics.median(values)}
+    for other in ("plain", "inline"):
+        if other in times and times[other] is not values:
+            ratios = [value / base for value, base in zip(values, times[other], strict=True)]
+            deciles = statistics.quantiles(ratios, n=10)
+            found[f"of_{other}"] = [round(ratio, 4) for ratio in (statistics.median(ratios), deciles[0], deciles[-1])]
+    return found
+
+
+def steps_of(
+    model: nn.Module, step: str, options: argparse.Namespace
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """The loss of the model as a function, and a whole step."""
     ids = torch.randint(VOCABULARY, (options.batch, options.length), generator=torch.Generator().manual_seed(1))
 
     def loss_of() -> Tensor:
@@ -82,12 +130,7 @@ def measure(form: str, step: str, options: argparse.Namespace) -> dict[str, Any]
         with torch.no_grad():
             return loss_of()
 
-    files, before, start = cpp_files(), cpu_seconds(), time.perf_counter()
-    loss = run()
-    first = time.perf_counter() - start
-    found = {"wall_s": first, "cpu_s": cpu_seconds() - before, "cpp_files": cpp_files() - files, "loss": loss.item()}
-    found["step_s"] = statistics.median(timed(run) for _ in range(LATER))
-    return {**found, **memory_of_step(model, loss_of)} if step == "training" else found
+    return loss_of, run
 
 
 def timed(run: Any) -> float:
@@ -131,6 +174,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--turns", type=int, metavar="N", help="measure N later steps of each form instead")
     parser.add_argument("--measure", nargs=2, metavar=("FORM", "STEP"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
@@ -144,15 +188,30 @@ def main() -> None:
     kept = json.loads(options.out.read_text())["runs"] if options.out.exists() else []
     sizes = {name: getattr(options, name) for name in ("layers", "width", "length", "batch", "blocks")}
     for step in options.steps:
-        rounds = []
-        for _ in range(options.rounds):
-            load = os.getloadavg()[0]
-            rounds.append({form: measure_apart(form, step, options) for form in options.forms})
-            rounds[-1]["load_before"] = load
-            print(step, options.layers, json.dumps(rounds[-1]), flush=True)
-        kept = [run for run in kept if (run["step"], run["sizes"]) != (step, sizes)]
-        kept.append({"step": step, "sizes": sizes, "environment": environment(), "rounds": rounds})
+        if options.turns:
+            new = {"turns": options.turns, "later_steps": take_turns(step, options)}
+            print(step, options.layers, json.dumps(new), flush=True)
+        else:
+            new = {"rounds": rounds_of(step, options)}
+        key = (step, sizes, "rounds" in new)
+        old = next((run for run in kept if (run["step"], run["sizes"], "rounds" in run) == key), None)
+        if old is not None:
+            kept.remove(old)
+            if len(new.get("rounds", ())) == len(old.get("rounds", ())) == 1:
+                new["rounds"] = [{**old["rounds"][0], **new["rounds"][0]}]
+        kept.append({"step": step, "sizes": sizes, "environment": environment(), **new})
         write_results(options.out, {"runs": kept})
+
+
+def rounds_of(step: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """First steps of all forms, as often as was asked for."""
+    rounds = []
+    for _ in range(options.rounds):
+        load = os.getloadavg()[0]
+        rounds.append({form: measure_apart(form, step, options) for form in options.forms})
+        rounds[-1]["load_before"] = load
+        print(step, options.layers, json.dumps(rounds[-1]), flush=True)
+    return rounds
 
 
 if __name__ == "__main__":

@@ -1,29 +1,151 @@
 // Phase one of the two-phase schedule for any number n of blocks and S of reads; attend_blocks.py has the equations.
-// A block is `rows` rows of `width` values of type T; arithmetic is in A.
+// A block is `rows` rows of `width` values of type T; arithmetic is in A. Whoever compiles this defines BLOCK and
+// ARITHMETIC, so that there is one library a type of blocks.
+//
+// A row is in the nearest cache when it is used again, so what counts is how often a value is loaded from there: four dot
+// products, or four sums of weighted vectors, are made together, with what they add up in registers.
 
 #include <omp.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
 namespace {
 
+using T = BLOCK;
+using A = ARITHMETIC;
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64;
+#elif defined(__AVX__)
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+typedef A Vector __attribute__((vector_size(BYTES)));
+constexpr int64_t LANES = BYTES / sizeof(A);
+// Two vectors at a time, as an addition is started before the one before it is done.
+constexpr int64_t STEP = 2 * LANES;
+constexpr int TILE = 4;
+
+inline Vector load(const A* from) {
+  Vector found;
+  std::memcpy(&found, from, sizeof found);
+  return found;
+}
+
+// A vector, or a single number.
+template <typename V, typename From>
+inline V load_as(const From* from) {
+  if constexpr (std::is_same_v<V, A>) {
+    return static_cast<A>(*from);
+  } else if constexpr (std::is_same_v<From, A>) {
+    return load(from);
+  } else {
+    Vector found;
+    for (int64_t l = 0; l < LANES; ++l) found[l] = static_cast<A>(from[l]);
+    return found;
+  }
+}
+
+template <typename V, typename To>
+inline void store(To* to, const V& value) {
+  if constexpr (std::is_same_v<V, A>) {
+    *to = static_cast<To>(value);
+  } else if constexpr (std::is_same_v<To, A>) {
+    std::memcpy(to, &value, sizeof value);
+  } else {
+    for (int64_t l = 0; l < LANES; ++l) to[l] = static_cast<To>(value[l]);
+  }
+}
+
+// In halves, as a sum one by one would wait for itself.
+inline A sum_of(const Vector& lanes) {
+  A parts[LANES];
+  std::memcpy(parts, &lanes, sizeof parts);
+  for (int64_t half = LANES / 2; half > 0; half /= 2)
+    for (int64_t l = 0; l < half; ++l) parts[l] += parts[l + half];
+  return parts[0];
+}
+
+// `call(size, begin)` for all of `count` in groups, whose size the compiler knows.
+template <typename Call>
+inline void in_tiles(int64_t count, Call call) {
+  int64_t i = 0;
+  for (; i + TILE <= count; i += TILE) call(std::integral_constant<int, TILE>(), i);
+  if (count - i == 3) call(std::integral_constant<int, 3>(), i);
+  if (count - i == 2) call(std::integral_constant<int, 2>(), i);
+  if (count - i == 1) call(std::integral_constant<int, 1>(), i);
+}
+
+// Dot products of `x` with `count` others.
+inline void dots(const A* x, const A* const* others, int64_t count, int64_t width, A* found) {
+  in_tiles(count, [=](auto size, int64_t begin) {
+    constexpr int R = decltype(size)::value;
+    const A* const* of = others + begin;
+    Vector sums[R][2] = {};
+    int64_t d = 0;
+    for (; d + STEP <= width; d += STEP) {
+      const Vector first = load(x + d), second = load(x + d + LANES);
+      for (int r = 0; r < R; ++r) {
+        sums[r][0] += first * load(of[r] + d);
+        sums[r][1] += second * load(of[r] + d + LANES);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      A sum = sum_of(sums[r][0] + sums[r][1]);
+      for (int64_t e = d; e < width; ++e) sum += x[e] * of[r][e];
+      found[begin + r] = sum;
+    }
+  });
+}
+
+// Sums of the n `vectors`, weighted with coefficients [n, count]: `emit(which, d, values)` gets what there is at `d`.
+template <typename Emit>
+inline void combine(const A* const* vectors, int64_t n, const A* coefficients, int64_t count, int64_t width, Emit emit) {
+  in_tiles(count, [=](auto size, int64_t begin) {
+    constexpr int R = decltype(size)::value;
+    const A* own = coefficients + begin;
+    int64_t d = 0;
+    for (; d + STEP <= width; d += STEP) {
+      Vector sums[R][2] = {};
+      for (int64_t i = 0; i < n; ++i) {
+        const Vector first = load(vectors[i] + d), second = load(vectors[i] + d + LANES);
+        for (int r = 0; r < R; ++r) {
+          sums[r][0] += own[i * count + r] * first;
+          sums[r][1] += own[i * count + r] * second;
+        }
+      }
+      for (int r = 0; r < R; ++r) {
+        emit(begin + r, d, sums[r][0]);
+        emit(begin + r, d + LANES, sums[r][1]);
+      }
+    }
+    for (; d < width; ++d) {
+      for (int r = 0; r < R; ++r) {
+        A sum = 0;
+        for (int64_t i = 0; i < n; ++i) sum += own[i * count + r] * vectors[i][d];
+        emit(begin + r, d, sum);
+      }
+    }
+  });
+}
+
 // The rows of one token, in the type of the arithmetic: where that is the type of the blocks, the blocks themselves.
-template <typename T, typename A>
 struct Rows {
   std::vector<A> copies;
-  std::vector<const A*> at;
   const void* const* blocks;
-  int64_t width;
+  int64_t n, width;
 
   Rows(const void* const* blocks, int64_t n, int64_t width)
-      : copies(std::is_same_v<T, A> ? 0 : n * width), at(n), blocks(blocks), width(width) {}
+      : copies(std::is_same_v<T, A> ? 0 : n * width), blocks(blocks), n(n), width(width) {}
 
-  void load(int64_t row) {
-    for (size_t i = 0; i < at.size(); ++i) {
+  void load(int64_t row, const A** at) {
+    for (int64_t i = 0; i < n; ++i) {
       const T* source = static_cast<const T*>(blocks[i]) + row * width;
       if constexpr (std::is_same_v<T, A>) {
         at[i] = source;
@@ -37,142 +159,164 @@ struct Rows {
   }
 };
 
-template <typename A>
-inline A dot(const A* x, const A* y, int64_t width) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t d = 0; d < width; ++d) sum += x[d] * y[d];
-  return sum;
-}
-
-// Inverse RMS of every block, logits [n, S], depth weights [n, S] and log-sums [S] of one token.
-template <typename A>
-struct Scores {
-  int64_t n, reads;
-  std::vector<A> inverse_rms, logits, weights, log_sums;
-
-  Scores(int64_t n, int64_t reads)
-      : n(n), reads(reads), inverse_rms(n), logits(n * reads), weights(n * reads), log_sums(reads) {}
-
-  void compute(const std::vector<const A*>& rows, const A* queries, int64_t width, A eps, A scale) {
-    for (int64_t i = 0; i < n; ++i) {
-      inverse_rms[i] = A(1) / std::sqrt(dot(rows[i], rows[i], width) / width + eps);
-      for (int64_t s = 0; s < reads; ++s)
-        logits[i * reads + s] = dot(rows[i], queries + s * width, width) * inverse_rms[i] * scale;
-    }
-    for (int64_t s = 0; s < reads; ++s) {
-      A peak = logits[s], sum = 0;
-      for (int64_t i = 1; i < n; ++i) peak = std::max(peak, logits[i * reads + s]);
-      for (int64_t i = 0; i < n; ++i) sum += weights[i * reads + s] = std::exp(logits[i * reads + s] - peak);
-      for (int64_t i = 0; i < n; ++i) weights[i * reads + s] /= sum;
-      log_sums[s] = peak + std::log(sum);
-    }
-  }
-};
-
 struct Sizes {
   int64_t n, reads, rows, width, threads;
   double eps, scale;
 };
 
-template <typename T, typename A>
-void forward(Sizes z, const void* const* blocks, const A* queries, void* const* mixed, A* const* log_sums) {
+// Of one token: inverse RMS [n], logits [n, S], depth weights [n, S], log-sums [S], and the dot products [n, count] of the
+// blocks with other vectors.
+struct Scores {
+  const Sizes& z;
+  int64_t others;
+  std::vector<A> inverse_rms, logits, weights, log_sums, products;
+  std::vector<const A*> vectors;
+
+  Scores(const Sizes& z, const A* queries, int64_t others)
+      : z(z),
+        others(others),
+        inverse_rms(z.n),
+        logits(z.n * z.reads),
+        weights(z.n * z.reads),
+        log_sums(z.reads),
+        products(1 + z.reads + others),
+        vectors(1 + z.reads + others) {
+    for (int64_t s = 0; s < z.reads; ++s) vectors[1 + s] = queries + s * z.width;
+  }
+
+  // Where `compute` finds the other vectors.
+  const A** other_vectors() { return vectors.data() + 1 + z.reads; }
+
+  // `with_others` gets the products of each block with the other vectors, [n, others].
+  void compute(const A* const* rows, A* with_others) {
+    for (int64_t i = 0; i < z.n; ++i) {
+      vectors[0] = rows[i];
+      dots(rows[i], vectors.data(), vectors.size(), z.width, products.data());
+      inverse_rms[i] = A(1) / std::sqrt(products[0] / z.width + A(z.eps));
+      for (int64_t s = 0; s < z.reads; ++s) logits[i * z.reads + s] = products[1 + s] * inverse_rms[i] * A(z.scale);
+      for (int64_t k = 0; k < others; ++k) with_others[i * others + k] = products[1 + z.reads + k];
+    }
+    for (int64_t s = 0; s < z.reads; ++s) {
+      A peak = logits[s], sum = 0;
+      for (int64_t i = 1; i < z.n; ++i) peak = std::max(peak, logits[i * z.reads + s]);
+      for (int64_t i = 0; i < z.n; ++i) sum += weights[i * z.reads + s] = std::exp(logits[i * z.reads + s] - peak);
+      for (int64_t i = 0; i < z.n; ++i) weights[i * z.reads + s] /= sum;
+      log_sums[s] = peak + std::log(sum);
+    }
+  }
+};
+
+// Queries times gains [S, D]; `gains` is null where there are none.
+std::vector<A> folded(const Sizes& z, const A* const* queries, const A* const* gains) {
+  std::vector<A> found(z.reads * z.width);
+  for (int64_t s = 0; s < z.reads; ++s)
+    for (int64_t d = 0; d < z.width; ++d) found[s * z.width + d] = gains ? queries[s][d] * gains[s][d] : queries[s][d];
+  return found;
+}
+
+void forward(const Sizes& z, const void* const* blocks, const A* queries, void* const* mixed, A* const* log_sums) {
 #pragma omp parallel num_threads(z.threads)
   {
-    Rows<T, A> rows(blocks, z.n, z.width);
-    Scores<A> scores(z.n, z.reads);
-    std::vector<A> sum(z.width);
+    Rows rows(blocks, z.n, z.width);
+    std::vector<const A*> x(z.n);
+    Scores scores(z, queries, 0);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < z.rows; ++row) {
-      rows.load(row);
-      scores.compute(rows.at, queries, z.width, A(z.eps), A(z.scale));
-      for (int64_t s = 0; s < z.reads; ++s) {
-        T* out = static_cast<T*>(mixed[s]) + row * z.width;
-        for (int64_t i = 0; i < z.n; ++i) {
-          const A* x = rows.at[i];
-          const A weight = scores.weights[i * z.reads + s];
-#pragma omp simd
-          for (int64_t d = 0; d < z.width; ++d) sum[d] = (i ? sum[d] : A(0)) + weight * x[d];
-        }
-#pragma omp simd
-        for (int64_t d = 0; d < z.width; ++d) out[d] = static_cast<T>(sum[d]);
-        log_sums[s][row] = scores.log_sums[s];
-      }
+      rows.load(row, x.data());
+      scores.compute(x.data(), nullptr);
+      combine(x.data(), z.n, scores.weights.data(), z.reads, z.width, [=](int64_t s, int64_t d, const auto& value) {
+        store(static_cast<T*>(mixed[s]) + row * z.width + d, value);
+      });
+      for (int64_t s = 0; s < z.reads; ++s) log_sums[s][row] = scores.log_sums[s];
     }
   }
 }
 
 // `d_blocks` has a null pointer for every block of which no gradient is wanted, `added` for every one to whose gradient
-// nothing is added; `d_queries` is null or [threads, S, D], zeros, of which every thread fills its part.
-template <typename T, typename A>
-void backward(Sizes z, const void* const* blocks, const A* queries, const void* const* d_mixed,
+// nothing is added; `d_queries` is null or [threads, S, D], zeros, of which every thread fills its part, for what the
+// queries are with their gains.
+void backward(const Sizes& z, const void* const* blocks, const A* queries, const void* const* d_mixed,
               const A* const* d_log_sums, const void* const* added, void* const* d_blocks, A* d_queries) {
+  std::vector<int64_t> wanted;
+  for (int64_t i = 0; i < z.n; ++i)
+    if (d_blocks[i]) wanted.push_back(i);
+  const int64_t asked = wanted.size();
 #pragma omp parallel num_threads(z.threads)
   {
-    Rows<T, A> rows(blocks, z.n, z.width), d_rows(d_mixed, z.reads, z.width);
-    Scores<A> scores(z.n, z.reads);
-    std::vector<A> d_logits(z.n * z.reads), on_query(z.reads), sum(z.width);
+    Rows rows(blocks, z.n, z.width), d_rows(d_mixed, z.reads, z.width);
+    std::vector<const A*> x(z.n);
+    Scores scores(z, queries, z.reads);
+    // Of a logit's gradient [n, S]: what it is, and what of it is the query's.
+    std::vector<A> d_logits(z.n * z.reads), on_query(z.n * z.reads), on_row(z.n);
+    // What the gradients of the wanted blocks have of the queries, and of the gradients of what was mixed: [2 S, asked].
+    std::vector<A> shares(2 * z.reads * asked);
     A* d_q = d_queries ? d_queries + omp_get_thread_num() * z.reads * z.width : nullptr;
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < z.rows; ++row) {
-      rows.load(row);
-      d_rows.load(row);
-      scores.compute(rows.at, queries, z.width, A(z.eps), A(z.scale));
+      rows.load(row, x.data());
+      d_rows.load(row, scores.other_vectors());
+      scores.compute(x.data(), d_logits.data());
       for (int64_t s = 0; s < z.reads; ++s) {
         // A logit changes the mixed by its block, against the mean over the blocks, and the log-sum by its weight.
         A mean = -d_log_sums[s][row];
-        for (int64_t i = 0; i < z.n; ++i) {
-          const A d_weight = dot(rows.at[i], d_rows.at[s], z.width);
-          d_logits[i * z.reads + s] = d_weight;
-          mean += scores.weights[i * z.reads + s] * d_weight;
-        }
+        for (int64_t i = 0; i < z.n; ++i) mean += scores.weights[i * z.reads + s] * d_logits[i * z.reads + s];
         for (int64_t i = 0; i < z.n; ++i)
           d_logits[i * z.reads + s] = scores.weights[i * z.reads + s] * (d_logits[i * z.reads + s] - mean);
       }
       for (int64_t i = 0; i < z.n; ++i) {
-        const A* x = rows.at[i];
-        A on_row = 0;
+        on_row[i] = 0;
         for (int64_t s = 0; s < z.reads; ++s) {
-          on_row += d_logits[i * z.reads + s] * scores.logits[i * z.reads + s];
-          on_query[s] = d_logits[i * z.reads + s] * scores.inverse_rms[i] * A(z.scale);
+          on_row[i] += d_logits[i * z.reads + s] * scores.logits[i * z.reads + s];
+          on_query[i * z.reads + s] = d_logits[i * z.reads + s] * scores.inverse_rms[i] * A(z.scale);
         }
-        if (d_q)
-          for (int64_t s = 0; s < z.reads; ++s)
-#pragma omp simd
-            for (int64_t d = 0; d < z.width; ++d) d_q[s * z.width + d] += on_query[s] * x[d];
-        if (!d_blocks[i]) continue;
-        on_row *= scores.inverse_rms[i] * scores.inverse_rms[i] / z.width;
-#pragma omp simd
-        for (int64_t d = 0; d < z.width; ++d) sum[d] = -on_row * x[d];
-        for (int64_t s = 0; s < z.reads; ++s) {
-          const A *d_out = d_rows.at[s], *query = queries + s * z.width;
-          const A weight = scores.weights[i * z.reads + s], on = on_query[s];
-#pragma omp simd
-          for (int64_t d = 0; d < z.width; ++d) sum[d] += weight * d_out[d] + on * query[d];
-        }
-        T* out = static_cast<T*>(d_blocks[i]) + row * z.width;
-        const T* more = added[i] ? static_cast<const T*>(added[i]) + row * z.width : nullptr;
-        if (more)
-#pragma omp simd
-          for (int64_t d = 0; d < z.width; ++d) out[d] = static_cast<T>(static_cast<A>(more[d]) + sum[d]);
-        else
-#pragma omp simd
-          for (int64_t d = 0; d < z.width; ++d) out[d] = static_cast<T>(sum[d]);
+        on_row[i] *= scores.inverse_rms[i] * scores.inverse_rms[i] / z.width;
       }
+      if (d_q)
+        combine(x.data(), z.n, on_query.data(), z.reads, z.width, [=](int64_t s, int64_t d, const auto& value) {
+          A* to = d_q + s * z.width + d;
+          store(to, load_as<std::decay_t<decltype(value)>>(to) + value);
+        });
+      for (int64_t s = 0; s < z.reads; ++s)
+        for (int64_t k = 0; k < asked; ++k) {
+          shares[s * asked + k] = on_query[wanted[k] * z.reads + s];
+          shares[(z.reads + s) * asked + k] = scores.weights[wanted[k] * z.reads + s];
+        }
+      combine(scores.vectors.data() + 1, 2 * z.reads, shares.data(), asked, z.width,
+              [&](int64_t k, int64_t d, const auto& value) {
+                using V = std::decay_t<decltype(value)>;
+                const int64_t i = wanted[k], at = row * z.width + d;
+                V found = value - on_row[i] * load_as<V>(x[i] + d);
+                if (added[i]) found += load_as<V>(static_cast<const T*>(added[i]) + at);
+                store(static_cast<T*>(d_blocks[i]) + at, found);
+              });
     }
   }
 }
 
 }  // namespace
 
-// BLOCK and ARITHMETIC are defined by whoever compiles this: one library a type of blocks.
-extern "C" void attend(const Sizes* z, const void* const* blocks, const ARITHMETIC* queries, void* const* mixed,
-                       ARITHMETIC* const* log_sums) {
-  forward<BLOCK, ARITHMETIC>(*z, blocks, queries, mixed, log_sums);
+// `gains` is null where there are none.
+extern "C" void attend(const Sizes* z, const void* const* blocks, const A* const* queries, const A* const* gains,
+                       void* const* mixed, A* const* log_sums) {
+  forward(*z, blocks, folded(*z, queries, gains).data(), mixed, log_sums);
 }
 
-extern "C" void attend_backward(const Sizes* z, const void* const* blocks, const ARITHMETIC* queries,
-                                const void* const* d_mixed, const ARITHMETIC* const* d_log_sums,
-                                const void* const* added, void* const* d_blocks, ARITHMETIC* d_queries) {
-  backward<BLOCK, ARITHMETIC>(*z, blocks, queries, d_mixed, d_log_sums, added, d_blocks, d_queries);
+// `d_queries` is null where no gradients of vectors are wanted; `d_gains` is read where there are gains.
+extern "C" void attend_backward(const Sizes* z, const void* const* blocks, const A* const* queries,
+                                const A* const* gains, const void* const* d_mixed, const A* const* d_log_sums,
+                                const void* const* added, void* const* d_blocks, A* const* d_queries,
+                                A* const* d_gains) {
+  const int64_t size = z->reads * z->width;
+  std::vector<A> d_folded(d_queries ? z->threads * size : 0);
+  A* const to = d_queries ? d_folded.data() : nullptr;
+  backward(*z, blocks, folded(*z, queries, gains).data(), d_mixed, d_log_sums, added, d_blocks, to);
+  if (!d_queries) return;
+  for (int64_t thread = 1; thread < z->threads; ++thread)
+    for (int64_t i = 0; i < size; ++i) to[i] += to[thread * size + i];
+  for (int64_t s = 0; s < z->reads; ++s)
+    for (int64_t d = 0; d < z->width; ++d) {
+      const A found = to[s * z->width + d];
+      d_queries[s][d] = gains ? found * gains[s][d] : found;
+      if (gains) d_gains[s][d] = found * queries[s][d];
+    }
 }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnres_rewrite import _compat
-from attnres_rewrite.ops.attend_blocks_expanded import folded_queries, vector_grads
+from attnres_rewrite.ops.arithmetic import compute_dtype
 
 _SOURCE = Path(__file__).parent / "attend_blocks.cpp"
 # How C++ spells the dtype of the blocks and of the arithmetic, and the header that it takes.
@@ -65,11 +65,18 @@ def attend(
         eps: Of the norms.
         scale: Of the logits.
     """
-    first, q = blocks[0], folded_queries(blocks, queries, gains)
+    first = blocks[0]
+    q, g = _in_arithmetic(first, queries), _in_arithmetic(first, gains)
     mixed = [torch.empty_like(first) for _ in queries]
-    log_sums = [q.new_empty((*first.shape[:-1], 1)) for _ in queries]
-    sizes = _sizes(blocks, len(queries), eps, scale)
-    library(first.dtype).attend(sizes, _pointers(blocks), _pointer(q), _pointers(mixed), _pointers(log_sums))
+    log_sums = [q[0].new_empty((*first.shape[:-1], 1)) for _ in queries]
+    library(first.dtype).attend(
+        _sizes(blocks, len(queries), eps, scale),
+        _pointers(blocks),
+        _pointers(q),
+        _pointers(g),
+        _pointers(mixed),
+        _pointers(log_sums),
+    )
     return mixed, log_sums
 
 
@@ -100,23 +107,25 @@ def attend_backward(
         eps: Of the norms.
         scale: Of the logits.
     """
-    q = folded_queries(blocks, queries, gains)
-    # A part for every thread.
-    d_q = q.new_zeros(torch.get_num_threads(), *q.shape) if want_vectors else None
+    q, g = _in_arithmetic(blocks[0], queries), _in_arithmetic(blocks[0], gains)
+    d_vectors = [torch.empty_like(vector) for vector in (*q, *g)] if want_vectors else []
     library(blocks[0].dtype).attend_backward(
         _sizes(blocks, len(queries), eps, scale),
         _pointers(blocks),
-        _pointer(q),
+        _pointers(q),
+        _pointers(g),
         _pointers(d_mixed),
         _pointers(d_log_sums),
         _pointers(added),
         _pointers(d_blocks),
-        None if d_q is None else _pointer(d_q),
+        _pointers(d_vectors[: len(q)]),
+        _pointers(d_vectors[len(q) :]),
     )
-    if d_q is None:
-        return []
-    rows = [row.clone() for row in d_q.sum(0)]
-    return vector_grads(rows, queries, gains, [True] * (len(queries) + len(gains)))
+    return [found.to(vector.dtype) for found, vector in zip(d_vectors, (*queries, *gains), strict=False)]
+
+
+def _in_arithmetic(block: Tensor, vectors: Sequence[Tensor]) -> list[Tensor]:
+    return [vector.to(compute_dtype(block)) for vector in vectors]
 
 
 def _sizes(blocks: Sequence[Tensor], reads: int, eps: float, scale: float) -> Any:
@@ -125,9 +134,8 @@ def _sizes(blocks: Sequence[Tensor], reads: int, eps: float, scale: float) -> An
     return ctypes.byref(_Sizes(len(blocks), reads, rows, width, torch.get_num_threads(), eps, scale))
 
 
-def _pointer(tensor: Tensor) -> Any:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
 def _pointers(tensors: Sequence[Tensor | None]) -> Any:
+    """Addresses as an array; null if there are none."""
+    if not tensors:
+        return None
     return (ctypes.c_void_p * len(tensors))(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
