@@ -39,9 +39,10 @@ class AttnResConfig:
             ``"plain"`` (they keep their plain residuals, and what there are streams of is rewritten).
         sublayers_per_block: Instead of ``blocks`` and ``layers_per_block``: blocks of this many branch outputs, which
             may end within a layer; the last takes what remains. 1 is ``blocks="full"``.
-        compile_layers: ``"inline"`` (the compiler sees every layer) or ``"once"`` (layers that are computed alike are
+        compile_layers: ``"inline"`` (the compiler sees every layer), ``"once"`` (layers that are computed alike are
             compiled once and called, which compiles faster and keeps kernels from fusing across their borders; those
-            for which it might change a number stay inline, and the log says why).
+            for which it might change a number stay inline, and the log says why), or ``"auto"``: once where Inductor
+            compiles, for a CPU, many layers of so much data that the step is not slower for it.
         gate: Whether each site learns a factor ``[1]`` on what differs from the plain residual stream. It is 0 at
             first, where any model is exactly what it was, whatever the aggregation and the queries.
         value_norm: Whether the sources are mixed as they are compared, divided by their RMS (and without the key gain),
@@ -63,7 +64,7 @@ class AttnResConfig:
     streams: tuple[str, ...] | None = None
     leftovers: Literal["refuse", "plain"] = "refuse"
     sublayers_per_block: int | None = None
-    compile_layers: Literal["inline", "once"] = "inline"
+    compile_layers: Literal["auto", "inline", "once"] = "auto"
     gate: bool = False
     value_norm: bool = False
 
@@ -78,7 +79,7 @@ class AttnResConfig:
             "aggregation": ("mean", "sum", "add"),
             "schedule": ("auto", "per_read", "two_phase"),
             "leftovers": ("refuse", "plain"),
-            "compile_layers": ("inline", "once"),
+            "compile_layers": ("auto", "inline", "once"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -1,6 +1,7 @@
 """Layers that are compiled once: the numbers are those of the inline form, alike branches share a body, and what cannot
 be moved stays, with its reason in the log."""
 
+import functools
 import logging
 import operator
 from collections.abc import Callable
@@ -29,7 +30,8 @@ from torch.utils.checkpoint import checkpoint
 
 import attnres_rewrite as ar
 from attnres_rewrite import _compat
-from attnres_rewrite.forms import backend, saved_activations
+from attnres_rewrite.forms import backend as backend_module
+from attnres_rewrite.forms import saved_activations
 from attnres_rewrite.forms.backend import AttnResBackend
 from attnres_rewrite.graph.nodes import GraphBuilder, op_name
 from attnres_rewrite.ops import attend_blocks_cpp
@@ -508,6 +510,111 @@ def test_generate_with_a_cache(outlined) -> None:
     assert outlined[-1].calls == (3,)
 
 
+class Masked(Tower):
+    """Layers that attend under a mask of booleans, which is the same for all unless each makes its ``own``."""
+
+    def __init__(self, layers: int = 3, own: bool = False) -> None:
+        super().__init__(layers)
+        self.own = own
+        for layer in self.layers:
+            layer.first.forward = functools.partial(self.attend, layer.first)
+
+    def attend(self, feed: Feed, x: Tensor) -> Tensor:
+        query, key = feed.up(feed.norm(x)).unflatten(-1, (2, -1)).transpose(1, 2).chunk(2, 1)
+        mask = self.make_mask(x) if self.own else self.mask
+        value = nn.functional.scaled_dot_product_attention(query, key, key, attn_mask=mask)
+        return feed.down(torch.cat([value, value.sin()], 1).transpose(1, 2).flatten(2))
+
+    def make_mask(self, x: Tensor) -> Tensor:
+        """Whom a token attends to: itself, and every other token before it."""
+        tokens = torch.arange(x.shape[1], device=x.device)
+        distance = tokens[:, None] - tokens
+        return (distance >= 0) & (distance % 2 == 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mask = self.make_mask(x)
+        return super().forward(x)
+
+
+def test_a_mask_is_made_outside_of_the_bodies(outlined, graphs) -> None:
+    assert_as_inline(Masked, embeddings(), 2)
+    module = graphs[-1]
+    assert names(module.graph).count("where") == 1
+    for i in range(len(outlined[-1].calls)):
+        placeholders = getattr(module, f"{BODY}_{i}").graph.find_nodes(op="placeholder")
+        assert torch.bool not in {node.meta["example_value"].dtype for node in placeholders}
+
+
+def test_a_mask_of_one_layer_stays_in_it(outlined, graphs) -> None:
+    assert_as_inline(lambda: Masked(own=True), embeddings(), 2)
+    assert names(graphs[-1].graph).count("where") == 0
+
+
+class Overwritten(Masked):
+    """Tokens attend to themselves only, from the second layer on."""
+
+    def attend(self, feed: Feed, x: Tensor) -> Tensor:
+        found = super().attend(feed, x)
+        self.mask.copy_(torch.eye(x.shape[1], dtype=torch.bool))
+        return found
+
+
+def test_a_mask_that_changes_stays_a_mask() -> None:
+    found = []
+    for how in ("inline", "once"):
+        model = rewritten(Overwritten, inputs := embeddings().double(), how, 2, dtype=torch.float64)
+        with torch.no_grad():
+            found.append(model(inputs))
+        torch._dynamo.reset()
+    assert relative_error(*found) < EXACT
+
+
+def test_a_shared_mask_is_kept_once() -> None:
+    """A body keeps no mask for the backward that another call has too."""
+    kept, length = {}, embeddings().shape[1]
+    for how in ("inline", "once"):
+        model = rewritten(lambda: Masked(4), embeddings(), how, 2, "aot_eager_decomp_partition")
+        masks = set[int]()
+
+        def seen(tensor: Tensor, masks: set[int] = masks) -> Tensor:
+            if tensor.shape[-2:] == (length, length):
+                masks.add(tensor.untyped_storage().data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
+            model(embeddings())
+        kept[how] = len(masks)
+        torch._dynamo.reset()
+    assert kept["once"] == kept["inline"] == 1
+
+
+@pytest.mark.parametrize(
+    ("used", "branches", "numbers", "reason"),
+    [
+        (AttnResBackend(), 4, 1, None),
+        (AttnResBackend(mode="default", options={}), 4, 1, None),
+        (AttnResBackend("aot_eager"), 4, 1, "compiles no kernels"),
+        (AttnResBackend(mode="max-autotune"), 4, 1, "a mode or options"),
+        (AttnResBackend(options={"max_autotune": True}), 4, 1, "a mode or options"),
+        (AttnResBackend(), 5, 1, "there are 4 branches, fewer than 5"),
+        (AttnResBackend(), 4, 10**6, "fewer than 1000000"),
+    ],
+    ids=["once", "defaults", "backend", "mode", "options", "branches", "numbers"],
+)
+def test_auto_goes_by_size(
+    outlined, monkeypatch, caplog, used: AttnResBackend, branches: int, numbers: int, reason: str | None
+) -> None:
+    monkeypatch.setattr(backend_module, "_MANY_BRANCHES", branches)
+    monkeypatch.setattr(backend_module, "_MANY_NUMBERS", numbers)
+    monkeypatch.setattr(_compat, "inductor_compile", lambda module, *_: module.forward)
+    model = torch.compile(rewritten(lambda: Tower(2), embeddings(), "auto", 2, "eager"), backend=used)
+    with caplog.at_level(logging.INFO, logger="attnres_rewrite"):
+        model(embeddings())
+    assert [found.calls for found in outlined] == ([(4,)] if reason is None else [])
+    assert ("layers are compiled once" if reason is None else "layers are compiled inline: ") in caplog.text
+    assert (reason or "") in caplog.text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_inductor_compiles_a_body_once(outlined, monkeypatch, training: bool) -> None:
@@ -546,7 +653,7 @@ def test_inductor_without_the_compiled_function(monkeypatch) -> None:
     ("how", "blocks", "warns"), [("inline", "full", True), ("once", "full", False), ("inline", 2, False)]
 )
 def test_a_long_compilation_is_announced(monkeypatch, caplog, how: str, blocks: object, warns: bool) -> None:
-    monkeypatch.setattr(backend, "_MANY_SOURCES", 4)
+    monkeypatch.setattr(backend_module, "_MANY_SOURCES", 4)
     monkeypatch.setattr(_compat, "inductor_compile", lambda module, *_: module.forward)
     model = rewritten(lambda: Tower(2), embeddings(), how, blocks, "inductor")
     with caplog.at_level(logging.WARNING, logger="attnres_rewrite"):

@@ -122,7 +122,7 @@ def test_configuration() -> None:
         "streams": None,
         "leftovers": "refuse",
         "sublayers_per_block": None,
-        "compile_layers": "inline",
+        "compile_layers": "auto",
         "gate": False,
         "value_norm": False,
     }

@@ -25,6 +25,9 @@ from attnres_rewrite.streams import ResidualStream, StreamPlan
 
 # Rows, tokens of all sequences, up to which the schedule "auto" goes read by read.
 _FEW_ROWS = 8
+# Branches of a stream, and numbers in it, from which the layers of "auto" are compiled once. With fewer branches there
+# is little to share; with fewer numbers calls cost more than a hundredth of a step (benchmarks/compile_layers.py).
+_MANY_BRANCHES, _MANY_NUMBERS = 8, 2**18
 # Sources of a read from which Inductor takes minutes for what is written out for every one.
 _MANY_SOURCES = 24
 # Backends that are known to differentiate and compile the body of a call as they do the graph around it.
@@ -77,18 +80,22 @@ class AttnResBackend:
             if (wrapper := _compat.active_data_parallel()) is not None:
                 # Where a torch.compile of the user's surrounds the model, nothing has asked before.
                 require_known_sites(wrapper)
-            scheduled = functools.partial(self._scheduled, options.get("options", self.options))
+            settings = options.get("mode", self.mode), options.get("options", self.options)
+            scheduled = functools.partial(self._scheduled, *settings)
             self.inserted(rewrite_captured(module, self.plain_streams, scheduled, self.site_parameters))
         except AttnResError as error:
             return _raiser(error)
         return self._compile(module, inputs, **options)
 
-    def _scheduled(self, options: dict[str, Any] | None, anchor: Anchor, plan: StreamPlan) -> AttnResConfig:
+    def _scheduled(self, mode: str | None, options: Any, anchor: Anchor, plan: StreamPlan) -> AttnResConfig:
         self.planned(anchor, plan)
         config = self.configure(anchor.config)
-        if config.compile_layers == "once" and (reason := self._why_inline(options)):
-            _logger.info("layers are compiled inline: %s", reason)
-            config = dataclasses.replace(config, compile_layers="inline")
+        if config.compile_layers != "inline":
+            reason = self._why_inline(options)
+            if reason is None and config.compile_layers == "auto":
+                reason = self._why_no_gain(plan, bool(mode and mode != "default") or bool(options))
+            _logger.info("layers are compiled %s", "once" if reason is None else f"inline: {reason}")
+            config = dataclasses.replace(config, compile_layers="once" if reason is None else "inline")
         # Measured (benchmarks/schedule.py): with many rows two phases are faster, and fewer of the kernels differ,
         # so that there are fewer to compile. With one, the decoding of a token, every loop nest more costs more than
         # the sources that it saves.
@@ -107,6 +114,21 @@ class AttnResBackend:
             return "Inductor's cpp_wrapper cannot call a graph"
         if _compat.invoke_subgraph() is None:
             return "this release of torch has no operator that calls a graph"
+        return None
+
+    def _why_no_gain(self, plan: StreamPlan, tuned: bool) -> str | None:
+        """Why compiling the layers of ``plan`` once may save little or cost a step time; ``None`` if it is a gain."""
+        root, branches = require_tensor(plan.stream.root), len(plan.stream.branches)
+        if self.inner != "inductor":
+            return f"the backend {self.inner!r} compiles no kernels"
+        if root.device.type != "cpu":
+            return f"on {root.device.type} it has not been tested enough"
+        if tuned:
+            return "Inductor was given a mode or options, whose gains may depend on it"
+        if branches < _MANY_BRANCHES:
+            return f"there are {branches} branches, fewer than {_MANY_BRANCHES}"
+        if (numbers := _numbers(plan)) < _MANY_NUMBERS:
+            return f"the stream has {numbers} numbers, fewer than {_MANY_NUMBERS}, so that calls would cost time"
         return None
 
     def configure(self, config: AttnResConfig) -> AttnResConfig:
@@ -217,8 +239,13 @@ def _warn_of_long_compilation(plan: StreamPlan, config: AttnResConfig) -> None:
 
 def _has_few_rows(plan: StreamPlan) -> bool:
     """Whether the stream has at most ``_FEW_ROWS`` rows, where a size is dynamic in the call that was traced."""
+    return _numbers(plan) <= _FEW_ROWS * plan.stream.width
+
+
+def _numbers(plan: StreamPlan) -> int:
+    """Elements of the stream, in the call that was traced."""
     elements = require_tensor(plan.stream.root).numel()
-    return (elements if isinstance(elements, int) else _compat.size_hint(elements)) <= _FEW_ROWS * plan.stream.width
+    return elements if isinstance(elements, int) else _compat.size_hint(elements)
 
 
 def _refuse_repeated(anchor: Anchor, anchors: list[Anchor]) -> None:

@@ -17,6 +17,7 @@ from attnres_rewrite.passes.base import Pass, PostconditionError, require_order
 from attnres_rewrite.passes.bodies import Body
 from attnres_rewrite.passes.insert_attnres import Site
 from attnres_rewrite.passes.sections import Section, modes, wants_gradients, why_it_stays
+from attnres_rewrite.passes.shared_masks import share_masks
 from attnres_rewrite.streams import ResidualStream
 
 # What the names of all bodies begin with; compilers add to it.
@@ -57,7 +58,8 @@ class OutlineLayers(Pass):
 
     Where the sites are in two phases, a body holds the second one too, and the sum that the branch joins:
     :mod:`align_reads` gives them one form. The first phase, which differs in its number of blocks, stays between the
-    calls, on a CPU as one function for all numbers. Read by read, sites and sums stay between the calls.
+    calls, on a CPU as one function for all numbers. Read by read, sites and sums stay between the calls. What attention
+    makes of a mask is made once, before them (:mod:`shared_masks`).
 
     A branch stays as it is, with the reason in the log, if it is alone; or if running it elsewhere, or differentiating
     it once for all calls, might give other numbers: where it writes into memory, draws random numbers, changes a mode,
@@ -74,6 +76,7 @@ class OutlineLayers(Pass):
 
     def call(self, module: GraphModule, streams: Sequence[tuple[ResidualStream, Sequence[Site]]]) -> Outlined:
         """Outline, in place, the branches of all rewritten streams of a graph, each given with its sites."""
+        share_masks(module)
         outliner, moved = _Outliner(module), dict[Node, Node]()
         spans = list[Span]()
         for stream, sites in streams:
