@@ -354,6 +354,8 @@ def test_a_deep_copy_of_a_wrapped_owner_runs_its_own_weights(model, wrap) -> Non
 
 def test_mixed_precision_of_accelerate_and_back(model) -> None:
     accelerate = pytest.importorskip("accelerate")
+    # A Trainer of another test may have settled it for the process.
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     reference = copy.deepcopy(model)
     prepared_model = accelerator.prepare(model)

@@ -163,6 +163,37 @@ def check_training(original: nn.Module, rewritten: nn.Module, inputs: Inputs, ex
     assert len(without) == per_site * expected.idle, f"no gradient reaches {without}"
 
 
+def check_compiled_once(member: Member) -> None:
+    """With random queries: outputs and gradients of a training step do not depend on ``compile_layers``."""
+    expected = member.outcome
+    assert isinstance(expected, Accepted)
+    torch.manual_seed(0)
+    original, steps = prepared(member.make(), expected.dtype), []
+    inputs = in_dtype(member.inputs(*expected.sizes[0]), expected.dtype)
+    for how, backend in (("inline", "eager"), ("once", "aot_eager")):
+        torch._dynamo.reset()
+        model = copy.deepcopy(original)
+        settings = {"schedule": "two_phase", "compile_layers": how, "leftovers": expected.leftovers}
+        streams = tuple(expected.streams) if expected.named else None
+        config = dataclasses.replace(CONFIG, aggregation="mean", streams=streams, **settings)
+        ar.rewrite(model, config=config, example_inputs=inputs, backend=backend)
+        torch.manual_seed(2)
+        randomise_sites(model).train()
+        found = outputs(call(model, inputs))
+        sum((tensor * tensor.detach().cos()).sum() for tensor in found).backward()
+        steps.append(([tensor.detach() for tensor in found], dict(model.named_parameters())))
+    (before, plain), (after, once) = steps
+    tolerance = expected.tolerance or TOLERANCE[expected.dtype]
+    assert_equal(after, before, tolerance)
+    gradients = {name: p.grad for name, p in plain.items() if p.grad is not None}
+    assert gradients.keys() == {name for name, p in once.items() if p.grad is not None} != set()
+    # What is zero in one, up to rounding, need not be in the other.
+    least = tolerance * max(float(gradient.norm()) for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        error = (once[name].grad - gradient).norm()
+        assert error <= 100 * tolerance * gradient.norm() + least, (name, float(error))
+
+
 def mark_changing_sizes(inputs: Inputs, resized: Inputs) -> None:
     """Let Dynamo know which sizes will change, which it would else learn by a graph more for every member."""
     for tensor, other in zip(_compat.tensors_in(inputs), _compat.tensors_in(resized), strict=True):

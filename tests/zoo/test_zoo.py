@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from zoo.causal_lm import MISSING
-from zoo.checks import MODES, check
-from zoo.member import Member
+from zoo.checks import MODES, check, check_compiled_once
+from zoo.member import Accepted, Member
 from zoo.members import MEMBERS, kind_of, table, totals
 
 # A few; the rest is marked, and left to `make zoo`.
@@ -37,6 +37,17 @@ def test_member(member: Member, record_property, request: pytest.FixtureRequest)
     torch._dynamo.reset()
     both = request.config.getoption("--both-modes", default=False)
     check(member, MODES if both else {MODES[MEMBERS.index(member) % 2]})
+
+
+# One in every forty, from all families.
+_COMPILED = [m for m in MEMBERS if isinstance(m.outcome, Accepted) and not m.outcome.untrainable][::40]
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("member", _COMPILED, ids=lambda member: f"{member.family}-{member.name}")
+def test_layers_compiled_once(member: Member) -> None:
+    """In training, the numbers of layers that are calls of one graph are those of layers that are not."""
+    check_compiled_once(member)
 
 
 def test_every_causal_language_model_of_transformers_is_listed() -> None:
