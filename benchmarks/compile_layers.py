@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,10 @@ def make_model(form: str, options: argparse.Namespace) -> nn.Module:
     )
     model: nn.Module = LlamaForCausalLM(config)
     if form in ("plain", "regions"):
-        for layer in model.model.layers if form == "regions" else ():
-            layer.forward = torch.compiler.nested_compile_region(layer.forward)
+        if form == "regions":
+            region = torch.compiler.nested_compile_region(type(model.model.layers[0]).forward)
+            for layer in model.model.layers:
+                layer.forward = types.MethodType(region, layer)
         model.compile()
         return model
     settings = attnres_rewrite.AttnResConfig(min(options.blocks, options.layers), compile_layers=form)
