@@ -56,8 +56,9 @@ def rewrite(
 
     Args:
         model: A pre-norm transformer, before training.
-        blocks: Number N of blocks of whole layers, ``"full"``, the number of layers in every block
-            (``[2, 2, 4, 4]``), or a mapping from owner name to any of these. Default 8, or what ``config`` says.
+        blocks: Number N of blocks of whole layers, ``"full"``, ``"auto"`` (a number for the size of the model, which
+            the log and :func:`explain` say with its reason), the number of layers in every block (``[2, 2, 4, 4]``), or
+            a mapping from owner name to any of these. Default 8, or what ``config`` says.
         example_inputs: Inputs that the model runs on (a mapping: keyword arguments; a tuple:
             positional; a tensor: one positional argument). Left out, they are made from the model where
             it says what it takes.

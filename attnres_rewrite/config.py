@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from attnres_rewrite.errors import BlockPartitionError
 
-BlocksOfStream = int | Literal["full"] | Sequence[int]
+BlocksOfStream = int | Literal["full", "auto"] | Sequence[int]
 Blocks = BlocksOfStream | Mapping[str, BlocksOfStream]
 _DEFAULT_BLOCKS = 8
 
@@ -21,8 +21,9 @@ class AttnResConfig:
 
     Attributes:
         blocks: Number N of blocks, ``"full"`` (every branch output its own block, the paper's Full
-            AttnRes), the number of layers in every block (``[2, 2, 4, 4]``), or a mapping from owner module name to
-            any of these, for models with several streams.
+            AttnRes), ``"auto"`` (up to 8, as many as cost little in a model of this size), the number of layers
+            in every block (``[2, 2, 4, 4]``), or a mapping from owner module name to any of these, for models with
+            several streams.
         layers_per_block: Instead of ``blocks``: groups of this many layers, the last takes what remains.
         aggregation: ``"mean"`` (the paper: the weighted average of the sources), ``"sum"`` (n times that, which with
             zero queries is exactly the plain residual stream) or ``"add"`` (the plain residual stream plus the average,
@@ -167,7 +168,7 @@ def _checked(blocks: Blocks) -> Blocks:
 
 def _checked_blocks(blocks: BlocksOfStream) -> BlocksOfStream:
     """``blocks`` of one stream, sizes as a tuple."""
-    if blocks == "full":
+    if blocks in ("full", "auto"):
         return blocks
     if isinstance(blocks, (list, tuple)) and blocks:
         for size in blocks:
@@ -183,7 +184,7 @@ def _is_number(value: object) -> bool:
 
 def _check_count(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        extra = ', or "full"' if name == "blocks" else ""
+        extra = ', "full" or "auto"' if name == "blocks" else ""
         raise BlockPartitionError(f"{name} must be a positive integer{extra}, not {value!r}")
 
 

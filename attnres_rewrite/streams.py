@@ -134,12 +134,14 @@ class StreamPlan:
         layers: Name of each layer, in order; none where the blocks are recorded, and not grouped from layers.
         layer_of: For every branch, the index of its layer.
         block_of: For every branch, the index of its block, from 0.
+        why: Why there are so many blocks, where that was not said but chosen.
     """
 
     stream: ResidualStream
     layers: tuple[str, ...]
     layer_of: tuple[int, ...]
     block_of: tuple[int, ...]
+    why: str | None = None
 
     @classmethod
     def recorded(cls, stream: ResidualStream, block_sizes: Sequence[int]) -> StreamPlan:

@@ -110,7 +110,7 @@ def test_post_norm_is_refused_with_the_source_line_of_the_norm(make) -> None:
 
 @pytest.mark.parametrize("blocks", [0, -1, 2.5, True, "eight"])
 def test_blocks_that_are_no_count(blocks) -> None:
-    match = re.escape(f'blocks must be a positive integer, or "full", not {blocks!r}')
+    match = re.escape(f'blocks must be a positive integer, "full" or "auto", not {blocks!r}')
     refused(llama(3), ar.BlockPartitionError, match, blocks)
     with pytest.raises(ValueError, match=match):
         ar.rewrite(llama(3), blocks)

@@ -194,6 +194,7 @@ class TestForms:
         added = dict(attnres_parameters(rewritten))
         assert plain is not rewritten
         assert not any(attnres_parameters(plain))
+        assert bench.blocks == (2,)
         assert len(added) == 2 * 4
         shared = {name: p for name, p in rewritten.named_parameters() if name not in added}
         for name, parameter in plain.named_parameters():
@@ -413,6 +414,10 @@ def text_of(result: BenchResult) -> str:
 
 
 class TestResult:
+    def test_the_title_has_the_number_of_blocks_that_was_chosen(self):
+        result = example_result(settings=cheap(blocks="auto"), blocks=(3, 8))
+        assert result.title() == "LlamaForCausalLM, input_ids [2, 6], 3 and 8 blocks, on cpu"
+
     def test_the_table(self):
         text = text_of(example_result())
         assert "LlamaForCausalLM, input_ids [2, 6], 2 blocks, on cpu" in text

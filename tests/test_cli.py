@@ -160,14 +160,14 @@ def test_options_that_do_not_fit(monkeypatch, capsys, options, message):
         (("explain", "x", "--aggregation", "max"), "'mean', 'sum'"),
         (
             ("explain", "x", "--blocks", "2,x"),
-            "a number or \"full\", or the layers in every block (2,2,4,4), not '2,x'",
+            'a number, "full" or "auto", or the layers in every block (2,2,4,4), not \'2,x\'',
         ),
         (("explain", "x", "--graph", "blocks.png"), "whose name ends in .svg, not 'blocks.png'"),
         (("export", "x", "-o", "x.onnx", "--ort-fusions", "npu"), "'cpu', 'cuda', 'webgpu', 'dml'"),
         (("bench", "x", "--dtype", "int8"), "'float32', 'bfloat16', 'float16'"),
         (("bench", "x", "--schedule", "x"), "'auto', 'per_read', 'two_phase'"),
-        (("bench", "x", "--blocks", "many"), 'a number or "full"'),
-        (("demo", "--blocks", "many"), 'a number or "full"'),
+        (("bench", "x", "--blocks", "many"), 'a number, "full" or "auto"'),
+        (("demo", "--blocks", "many"), 'a number, "full" or "auto"'),
         (("explain",), "Missing argument 'MODEL'"),
         (("explian", "x"), "Did you mean 'explain'"),
     ],
@@ -456,6 +456,15 @@ def test_the_program_has_the_status_that_its_help_names():
     done = as_a_program("explain", "attnres_rewrite.demo:llama", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert len(json.loads(done.stdout)["streams"][0]["sites"]) == 16
+
+
+def test_a_number_of_blocks_that_is_chosen_is_explained(run):
+    result = run("explain", "test_cli:make_tiny_llama", "--blocks", "auto")
+    assert result.exit_code == 0, result.output
+    (reason,) = [line for line in result.output.splitlines() if "what the layers take in inference" in line]
+    assert reason.startswith("  2 blocks, at about ")
+    (stream,) = json.loads(run("explain", "test_cli:make_tiny_llama", "--blocks", "auto", "--json").stdout)["streams"]
+    assert (len(stream["blocks"]), stream["why"]) == (2, reason.strip())
 
 
 def test_a_picture_of_the_blocks(run, tmp_path):

@@ -61,7 +61,7 @@ def test_more_blocks_than_layers(layers, extra) -> None:
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, "8", None])
 def test_what_is_no_count(value) -> None:
     if value is not None:
-        with pytest.raises(ar.BlockPartitionError, match=f'must be a positive integer, or "full", not {value!r}'):
+        with pytest.raises(ar.BlockPartitionError, match=f'a positive integer, "full" or "auto", not {value!r}'):
             ar.AttnResConfig(blocks=value)
         for name in ("layers_per_block", "sublayers_per_block"):
             with pytest.raises(ar.BlockPartitionError, match=f"^{name} must be a positive integer, not"):

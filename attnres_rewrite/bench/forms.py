@@ -26,6 +26,8 @@ from attnres_rewrite.bench.workload import (
 from attnres_rewrite.capture.inputs import ExampleInputs
 from attnres_rewrite.errors import UnsupportedResidualError
 from attnres_rewrite.forms import backend
+from attnres_rewrite.forms.anchor import AnchorSpec
+from attnres_rewrite.forms.live import live_forwards
 
 # A model, or a model and example inputs for it as rewrite() takes them, not compiled and not rewritten.
 MakeModel = Callable[[], nn.Module | tuple[nn.Module, ExampleInputs | None]]
@@ -56,6 +58,12 @@ class Bench:
         """Tokens in the cache of a decode step."""
         sizes = next(iter(self.workload.sizes.values()), [])
         return self.settings.cached or (sizes[1] if len(sizes) > 1 else LENGTH)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Number of blocks of every stream of the rewritten form; none where there is no such form."""
+        live = live_forwards(self.models["rewritten"]) if "rewritten" in self.models else ()
+        return tuple(len(sizes) for _, forward in live for sizes in AnchorSpec.from_json(forward.spec).blocks)
 
     def steps(self, kind: Kind) -> dict[Form, Step]:
         """A step of every form, after the forms were switched to training or evaluation.

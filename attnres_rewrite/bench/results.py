@@ -129,6 +129,7 @@ class BenchResult:
         skipped: For a kind of step that was wanted and could not be, why.
         environment: Versions and hardware.
         alone: Compile times and memory, if they were measured.
+        blocks: Number of blocks of every stream.
     """
 
     model: str
@@ -141,6 +142,7 @@ class BenchResult:
     skipped: dict[Kind, str]
     environment: dict[str, Any]
     alone: dict[Form, FormAlone] | None = None
+    blocks: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, for JSON; of the times, what stands for all rounds."""
@@ -154,7 +156,8 @@ class BenchResult:
         """The model, its inputs and where it ran, in a line."""
         sizes = ", ".join(f"{name} {size}" for name, size in self.sizes.items())
         per_block = self.settings.layers_per_block
-        grouped = f"{self.settings.blocks} blocks" if per_block is None else f"blocks of {per_block} layers"
+        blocks = " and ".join(map(str, self.blocks)) if self.settings.blocks == "auto" else self.settings.blocks
+        grouped = f"{blocks} blocks" if per_block is None else f"blocks of {per_block} layers"
         return f"{self.model}, {sizes}, {grouped}, on {self.device}"
 
     def table(self) -> Table:

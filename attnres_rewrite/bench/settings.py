@@ -50,7 +50,7 @@ class BenchSettings:
         BlockPartitionError: ``blocks`` is not a positive integer.
     """
 
-    blocks: int | Literal["full"] | Sequence[int] = 8
+    blocks: int | Literal["full", "auto"] | Sequence[int] = 8
     layers_per_block: int | None = None
     aggregation: str = "mean"
     streams: Sequence[str] | None = None

@@ -66,6 +66,7 @@ def compare(
             times=times,
             skipped=skipped,
             environment={**environment(device), "freed_memory_kept": kept},
+            blocks=bench.blocks,
         )
 
 

@@ -96,7 +96,7 @@ def make_app() -> "typer.Typer":
     )
     def demo(
         steps: Annotated[int, typer.Option(min=1, help="Training steps of each model.")] = 300,
-        blocks: Annotated[str, typer.Option(help='Number of blocks, or "full".')] = "4",
+        blocks: Annotated[str, typer.Option(help='Number of blocks, "full" or "auto".')] = "4",
         device: Device = "auto",
         out: Annotated[Path, typer.Option(help="Folder for the plots and the ONNX model.")] = Path("attnres-demo"),
         backend: Backend = "inductor",

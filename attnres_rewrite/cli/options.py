@@ -65,7 +65,7 @@ MODEL_HELP = (
     "A folder with the config.json of a Hugging Face model, or module:factory, where factory is a function without "
     "arguments that returns a model, or a model and example inputs for it."
 )
-BLOCKS_HELP = 'Number of blocks, "full", or the layers in every block, such as 2,2,4,4.'
+BLOCKS_HELP = 'Number of blocks, "full", "auto" (for the model\'s size), or the layers in every block, such as 2,2,4,4.'
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL", autocompletion=complete_model)]
 Blocks = Annotated[str, typer.Option(help=BLOCKS_HELP)]
@@ -95,14 +95,16 @@ def wrong(option: str, message: str) -> NoReturn:
     raise typer.BadParameter(message, param_hint=f"'{option}'")
 
 
-def parse_blocks(text: str) -> "int | Literal['full'] | tuple[int, ...]":
-    """``"full"``, a number, or numbers with commas between them; exits with status 2 where it is none of these."""
+def parse_blocks(text: str) -> "int | Literal['full', 'auto'] | tuple[int, ...]":
+    """``"full"``, ``"auto"``, a number, or numbers with commas between them; exits with status 2 for all else."""
     if text == "full":
         return "full"
+    if text == "auto":
+        return "auto"
     try:
         sizes = tuple(int(part) for part in text.split(","))
     except ValueError:
-        wrong("--blocks", f'a number or "full", or the layers in every block (2,2,4,4), not {text!r}')
+        wrong("--blocks", f'a number, "full" or "auto", or the layers in every block (2,2,4,4), not {text!r}')
     return sizes[0] if len(sizes) == 1 else sizes
 
 

@@ -15,7 +15,7 @@ class DemoSettings:
 
     Attributes:
         steps: Optimizer steps of each of the two models.
-        blocks: Number N of blocks, or ``"full"``.
+        blocks: Number N of blocks, ``"full"`` or ``"auto"``.
         device: ``"cpu"``, ``"cuda"`` and so on; ``"auto"`` is CUDA where there is a GPU.
         out: Folder for the plots, the ONNX model and the results.
         backend: What compiles both models: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
@@ -32,7 +32,7 @@ class DemoSettings:
     """
 
     steps: int = 300
-    blocks: int | Literal["full"] = 4
+    blocks: int | Literal["full", "auto"] = 4
     device: str = "auto"
     out: Path = Path("attnres-demo")
     backend: str = "inductor"

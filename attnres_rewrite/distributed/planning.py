@@ -19,6 +19,7 @@ from attnres_rewrite.config import AttnResConfig, Blocks, partition_layers
 from attnres_rewrite.distributed.model_size import ModelSize
 from attnres_rewrite.distributed.plan_table import table_of
 from attnres_rewrite.errors import BlockPartitionError, MeshError
+from attnres_rewrite.passes.blocks_for_size import blocks_for_size
 
 # Data parallel with whole weights, with sharded ones, tensor, context, expert and pipeline parallel.
 DIMENSIONS = ("dp", "fsdp", "tp", "cp", "ep", "pp")
@@ -283,7 +284,11 @@ def _layers_of_blocks(config: AttnResConfig, size: ModelSize) -> list[int]:
         )
     if config.layers_per_block is not None:
         return partition_layers(size.layers, layers_per_block=config.layers_per_block)
-    return partition_layers(size.layers, blocks=config.blocks)
+    blocks = config.blocks
+    if blocks == "auto":
+        weights = round(size.layers * (size.layer.matrices + size.layer.experts))
+        blocks = blocks_for_size([size.sublayers] * size.layers, size.width, weights).blocks
+    return partition_layers(size.layers, blocks=blocks)
 
 
 def _sizes_of(mesh: Any) -> dict[str, int]:

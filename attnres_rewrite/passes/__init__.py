@@ -2,10 +2,11 @@
 
 In order: :mod:`inline_regions`, :mod:`resolve_inplace_ops`, :mod:`spell_out_sums`, :mod:`find_streams` (which chooses
 among :mod:`linear_values` by their :mod:`nesting`), :mod:`refuse_non_sums`, :mod:`refuse_depth_attention`,
-:mod:`account_for_sublayers`, :mod:`group_layers`, :mod:`sum_gradients`, :mod:`insert_attnres` (which writes with
-:mod:`parts`), :mod:`schedule_reads`, :mod:`place_sites`, :mod:`check_rewrite`, and where a graph is compiled
-:mod:`outline_layers` (with :mod:`align_reads`, :mod:`sections` and :mod:`bodies`). :mod:`attnres_rewrite.pipeline` runs
-them; :mod:`reads_without_norm` tells what an inserted site is read by.
+:mod:`account_for_sublayers`, :mod:`group_layers` (with :mod:`blocks_for_size`), :mod:`sum_gradients`,
+:mod:`insert_attnres` (which writes with :mod:`parts`), :mod:`schedule_reads`, :mod:`place_sites`, :mod:`check_rewrite`,
+and where a graph is compiled :mod:`outline_layers` (with :mod:`shared_masks`, :mod:`align_reads`, :mod:`sections` and
+:mod:`bodies`). :mod:`attnres_rewrite.pipeline` runs them; :mod:`reads_without_norm` tells what an inserted site is read
+by.
 """
 
 from attnres_rewrite.passes.account_for_sublayers import AccountForSublayers, Leftover

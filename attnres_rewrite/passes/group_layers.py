@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 
 from torch.fx import GraphModule, Node
@@ -11,8 +12,12 @@ from attnres_rewrite.config import AttnResConfig, partition_layers
 from attnres_rewrite.errors import BlockPartitionError
 from attnres_rewrite.graph.memory import writers_of
 from attnres_rewrite.graph.nodes import data_inputs, module_stack, op_name
+from attnres_rewrite.graph.weights import multiply_adds
 from attnres_rewrite.passes.base import Pass, PostconditionError
+from attnres_rewrite.passes.blocks_for_size import blocks_for_size
 from attnres_rewrite.streams import Branch, ResidualStream, StreamPlan
+
+_logger = logging.getLogger(__name__)
 
 
 class GroupLayers(Pass):
@@ -29,7 +34,12 @@ class GroupLayers(Pass):
         names = _layer_names(stream)
         layer_of = tuple(itertools.accumulate((a != b for a, b in itertools.pairwise(names)), initial=0))
         layers = tuple(name for name, _ in itertools.groupby(names))
-        blocks = config.blocks_of(stream.owner)
+        blocks, why = config.blocks_of(stream.owner), None
+        if blocks == "auto":
+            per_layer = [len(list(branches)) for _, branches in itertools.groupby(layer_of)]
+            chosen = blocks_for_size(per_layer, stream.width, multiply_adds(module.graph, stream))
+            blocks, why = chosen.blocks, chosen.why
+            _logger.info("stream of %s: %s", stream.owner or "(root)", why)
         if blocks == "full":
             block_of = _blocks_of_sublayers(stream, 1)
         elif config.sublayers_per_block is not None:
@@ -42,7 +52,7 @@ class GroupLayers(Pass):
             )
             block_of_layer = [block for block, size in enumerate(sizes) for _ in range(size)]
             block_of = tuple(block_of_layer[layer] for layer in layer_of)
-        return StreamPlan(stream, layers, layer_of, block_of)
+        return StreamPlan(stream, layers, layer_of, block_of, why)
 
     def ensures(self, module: GraphModule, result: StreamPlan, *inputs: object) -> None:
         """Blocks are contiguous, and none is empty."""

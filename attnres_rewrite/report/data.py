@@ -44,6 +44,7 @@ class StreamReport:
         sites: Every site, in depth order.
         root: What computes the stream's first value b_0: a module, or an input.
         root_read_by: The modules that read b_0 alone; such a read has one source, and no site.
+        why: Why there are so many blocks, where ``blocks="auto"`` chose their number.
     """
 
     owner: str
@@ -58,3 +59,4 @@ class StreamReport:
     sites: tuple[SiteReport, ...] = ()
     root: str = ""
     root_read_by: tuple[str, ...] = ()
+    why: str | None = None

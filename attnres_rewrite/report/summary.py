@@ -75,6 +75,7 @@ def _stream_lines(stream: StreamReport) -> list[str]:
         f"stream of {stream.owner or '(root)'}: width {stream.width}, {len(stream.layers)} layers, "
         f"{stream.branches} branch outputs, {stream.branches} sites, "
         f"{stream.bytes_per_token:,} bytes per token for the block summaries",
+        *([] if stream.why is None else [f"  {stream.why}"]),
         "  block  layers",
     ]
     for number, layers in enumerate(stream.blocks, start=1):
@@ -114,6 +115,7 @@ def _stream(plan: StreamPlan, config: AttnResConfig) -> StreamReport:
         sites=_sites(plan, on_stream),
         root=_name(stream.root),
         root_read_by=_names(n for value in of_root_alone for n in reads_of(value, on_stream)),
+        why=plan.why,
     )
 
 
