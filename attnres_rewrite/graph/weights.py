@@ -16,8 +16,8 @@ def multiply_adds(graph: Graph, stream: ResidualStream) -> int:
     """Multiply-adds a token of all branches of ``stream``: one for every number of a weight that they use.
 
     What uses a weight twice counts it twice, as layers do that share theirs. Not counted are vectors, such as gains of
-    norms, and what two activations compute, as in attention, which depends on how long a sequence is. Of routed experts
-    all are counted: the weights do not say how many of them a token goes through.
+    norms, what two activations compute, as in attention, which depends on how long a sequence is, and keys and values
+    of another stream. Of routed experts all are counted: the weights do not say how many of them a token goes through.
 
     Args:
         graph: The graph that holds the stream.
