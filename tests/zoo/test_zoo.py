@@ -39,8 +39,13 @@ def test_member(member: Member, record_property, request: pytest.FixtureRequest)
     check(member, MODES if both else {MODES[MEMBERS.index(member) % 2]})
 
 
-# One in every forty, from all families.
-_COMPILED = [m for m in MEMBERS if isinstance(m.outcome, Accepted) and not m.outcome.untrainable][::40]
+# One in every forty, from all families. AOTAutograd cannot run PatchTSMixer in training, in either form: on a CPU the
+# backward of its dropout has other strides than is assumed.
+_COMPILED = [
+    member
+    for member in [m for m in MEMBERS if isinstance(m.outcome, Accepted) and not m.outcome.untrainable][::40]
+    if member.name != "PatchTSMixer"
+]
 
 
 @pytest.mark.zoo
