@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 # Size, contestant, and which steps of `learning.py`.
@@ -31,11 +31,20 @@ FIRST, FIRST_LARGER = 6, 3
 PACK_EVERY = 20.0
 
 
-def in_order(size: str, larger: str | None, contestants: Sequence[str]) -> list[Job]:
-    """A few contestants of both sizes, then all others; the larger size is not gone on from."""
+def in_order(
+    size: str, larger: str | None, contestants: Sequence[str], ran: Collection[tuple[str, str]] = ()
+) -> list[Job]:
+    """A few contestants of both sizes, then all others; the larger size is not gone on from.
+
+    Within a size those come first that are not in ``ran``, pairs of a size and a contestant that has runs already, as
+    the time of a machine may be short.
+    """
     names = [name for name in ORDER if name in contestants]
-    here = [(size, name, "whole") for name in names]
-    there = [] if larger is None else [(larger, name, "scratch") for name in names]
+
+    def jobs(of: str, step: str) -> list[Job]:
+        return [(of, name, step) for name in sorted(names, key=lambda name: (of, name) in ran)]
+
+    here, there = jobs(size, "whole"), [] if larger is None else jobs(larger, "scratch")
     return here[:FIRST] + there[:FIRST_LARGER] + here[FIRST:] + there[FIRST_LARGER:]
 
 
@@ -131,6 +140,6 @@ def pack_folder(folder: Path, target: Path) -> None:
     with tarfile.open(part, "w:gz", compresslevel=1) as archive:
         for path in sorted(folder.rglob("*")):
             # Other processes write beside: what is half written goes away under this hand.
-            if path.is_file() and path.suffix != ".part":
+            if path.is_file() and path.suffix != ".part" and path != target:
                 archive.add(path, path.relative_to(folder.parent))
     part.replace(target)

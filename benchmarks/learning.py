@@ -47,6 +47,7 @@ from _environment import unpack_wheels, write_results  # noqa: E402
 from _learning import CONTESTANTS, SIZES, STAGES, STREAMS, finished, read_text  # noqa: E402
 from _learning_all import Everybody, in_order  # noqa: E402
 from _learning_report import inside_table, summary, tables  # noqa: E402
+from _learning_scaling import scaling, scaling_text  # noqa: E402
 from _learning_study import Study  # noqa: E402
 from _learning_time import step_times  # noqa: E402
 
@@ -56,14 +57,23 @@ STEPS = ("sweep", "seeds", "scratch", "retrofit", "whole", "all", "look", "time"
 
 def report(folder: Path) -> dict[str, Any]:
     """The summary of all sizes that have runs, printed and written beside them."""
-    found = {}
+    found, texts = {}, set()
     for size, stage in itertools.product(SIZES, STAGES):
         if runs := list(finished(folder, size, stage)):
-            if len({run["text"] for run in runs}) > 1:
+            learned = {run["text"] for run in runs}
+            if len(learned) > 1:
                 raise SystemExit(f"runs of {size} ({stage}) in {folder} learned different texts: keep those of one")
             found[size if stage == "scratch" else f"{size}, {stage}"] = summary(runs)
+            texts |= learned if stage == "scratch" else set()
     write_results(folder / "summary.json", found)
     print(tables(found), inside_table(found), sep="\n")
+    if len(texts) > 1:
+        print("Loss against compute: the sizes learned different texts, so there is no exponent.")
+        return found
+    laws = scaling(found)
+    print(scaling_text(found, laws))
+    if laws:
+        write_results(folder / "scaling.json", laws)
     return found
 
 
@@ -77,12 +87,26 @@ def quick(contestants: list[str]) -> None:
         report(Path(folder))
 
 
+def see_that_it_is_the_text(folder: Path, size: str, stage: str, digest: str) -> None:
+    """Refuse to add runs of a text to those of another, before any time is spent on them."""
+    if {run["text"] for run in finished(folder, size, stage)} - {digest}:
+        raise SystemExit(
+            f"runs of {size} ({stage}) in {folder} learned another text than this machine has, so that new ones could "
+            "not be compared with them: give an empty folder with --out, and train the plain model too"
+        )
+
+
 def everybody(settings: argparse.Namespace, contestants: list[str]) -> None:
     """All steps of all contestants, in processes of their own."""
     deadline = time.monotonic() + settings.seconds
     for stage in STAGES:
-        print(f"{stage}: {len(read_text(stage).train.train) / 1e6:.1f} MB of text", flush=True)
-    jobs = in_order(settings.size, settings.larger, contestants)
+        text = read_text(stage)
+        for size in filter(None, (settings.size, settings.larger)):
+            see_that_it_is_the_text(settings.out, size, stage, text.digest())
+        print(f"{stage}: {len(text.train.train) / 1e6:.1f} MB of text", flush=True)
+    sizes = [size for size in (settings.size, settings.larger) if size]
+    ran = {(size, run["run"]["contestant"]) for size in sizes for run in finished(settings.out, size)}
+    jobs = in_order(settings.size, settings.larger, contestants, ran)
     arguments = ["--device", settings.device, "--threads", str(settings.threads)]
     everyone = Everybody(jobs, settings.out, settings.work, settings.processes, arguments)
     everyone.work_until(deadline, settings.pack)

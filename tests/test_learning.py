@@ -18,13 +18,15 @@ def learning(monkeypatch):
     import _learning
     import _learning_all
     import _learning_lane
+    import _learning_scaling
     import _learning_study
     import _learning_time
     import _learning_trainer
     import learning
 
     learning.runs, learning.lane, learning.study = _learning, _learning_lane, _learning_study
-    learning.trainer, learning.all, learning.time = _learning_trainer, _learning_all, _learning_time
+    learning.trainer, learning.all, learning.timing = _learning_trainer, _learning_all, _learning_time
+    learning.laws = _learning_scaling
     return learning
 
 
@@ -83,6 +85,70 @@ def test_runs_of_other_texts_are_not_compared(learning, tmp_path):
         learning.report(tmp_path)
 
 
+def test_a_machine_with_another_text_is_refused_before_it_trains(learning, monkeypatch, tmp_path):
+    path = tmp_path / learning.runs.Run("0.4M", "plain", 1e-3, 0).path
+    path.parent.mkdir()
+    path.write_text(json.dumps(made_up("plain", 1e-3, 0, [2.0], 2.0) | {"text": "another"}))
+    monkeypatch.setattr(sys, "argv", ["learning.py", "all", "--out", str(tmp_path), "--seconds", "0"])
+    with pytest.raises(SystemExit, match=r"runs of 0\.4M \(scratch\) in .* learned another text than this machine"):
+        learning.main()
+
+
+@pytest.fixture
+def laws_of(learning, capsys, tmp_path):
+    """What the report makes of runs whose loss is a power of their compute: ``factor * compute ** -exponent``."""
+    exponents = {"plain": (2.0, 0.05), "mean-8": (1.9, 0.06)}
+
+    def laws(texts: dict[str, str]) -> tuple[dict | None, str]:
+        for size, text in texts.items():
+            compute = learning.laws.compute_of(size, parameters := 10 * learning.SIZES[size].width ** 2) / 1e15
+            for name, (factor, exponent) in exponents.items():
+                loss = factor * compute**-exponent
+                for seed, off in enumerate((-0.01, 0.01)):
+                    run = learning.runs.Run(size, name, 1e-3, seed)
+                    found = made_up(name, 1e-3, seed, [loss], loss + off) | {"parameters": parameters, "text": text}
+                    (tmp_path / size).mkdir(exist_ok=True)
+                    (tmp_path / run.path).write_text(json.dumps(found))
+        learning.report(tmp_path)
+        written = tmp_path / "scaling.json"
+        return json.loads(written.read_text()) if written.exists() else None, capsys.readouterr().out
+
+    return laws
+
+
+def test_three_sizes_give_the_exponent_that_their_losses_have(learning, laws_of):
+    found, printed = laws_of(dict.fromkeys(("5M", "0.4M", "1.6M"), "one"))
+    assert found.keys() == {"mean-8", "plain"}
+    law = found["mean-8"]
+    assert law["sizes"] == ["0.4M", "1.6M", "5M"]
+    assert (law["factor"], law["exponent"]) == pytest.approx((1.9, 0.06), rel=1e-3)
+    assert law["exponent_of_plain"] == found["plain"]["exponent"] == pytest.approx(0.05, rel=1e-3)
+    assert law["off"] < 1e-4
+    largest = learning.laws.compute_of("5M", 10 * 192**2) / 1e15
+    assert law["plain_needs"] == pytest.approx((2.0 / (1.9 * largest**-0.06)) ** (1 / 0.05) / largest, rel=1e-2)
+    assert found["plain"]["plain_needs"] == 1.0
+    assert f"| mean-8 | 0.4M, 1.6M, 5M | 0.0600 | 0.0500 | 0.0% | {law['plain_needs']:.2f}x |" in printed
+
+
+def test_compute_is_that_of_matrices_and_attention(learning):
+    # 1000 steps of 16 x 128 tokens; 8 layers, width 64, an embedding of 256 x 64.
+    assert learning.laws.compute_of("0.4M", 422_976) == 2_048_000 * (6 * (422_976 - 16_384) + 12 * 8 * 64 * 128)
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        ({"0.4M": "one"}, "Loss against compute: runs of 0.4M. An exponent takes 3 sizes."),
+        (dict.fromkeys(("0.4M", "5M"), "one"), "runs of 0.4M, 5M. An exponent takes 3 sizes."),
+        ({"0.4M": "one", "1.6M": "one", "5M": "two"}, "learned different texts, so there is no exponent"),
+    ],
+)
+def test_sizes_that_give_no_exponent_say_so(laws_of, texts, said):
+    found, printed = laws_of(texts)
+    assert found is None
+    assert said in printed
+
+
 def test_step_times_are_compared_round_by_round(learning, monkeypatch):
     class Trainer:
         def __init__(self, contestant, *_):
@@ -95,9 +161,9 @@ def test_step_times_are_compared_round_by_round(learning, monkeypatch):
         def begin(self, values):
             pass
 
-    monkeypatch.setattr(learning.time, "Trainer", Trainer)
-    monkeypatch.setattr(learning.time, "_seconds", lambda lane: next(lane.seconds))
-    found = learning.time.step_times("quick", ["plain", "mean-2"], learning.runs.torch.device("cpu"), rounds=3)
+    monkeypatch.setattr(learning.timing, "Trainer", Trainer)
+    monkeypatch.setattr(learning.timing, "_seconds", lambda lane: next(lane.seconds))
+    found = learning.timing.step_times("quick", ["plain", "mean-2"], learning.runs.torch.device("cpu"), rounds=3)
     assert found["steps"] == {
         "plain": {"seconds": 2.0, "ratio": [1.0, 1.0, 1.0]},
         "mean-2": {"seconds": 2.0, "ratio": [1.0, 1.5, 2.0]},
@@ -111,7 +177,7 @@ def test_a_step_that_is_timed_trains(learning):
     lane = trainer.lanes[0]
     lane.begin(trainer.added)
     before = [weight.clone() for weight in lane.weights]
-    assert learning.time._seconds(lane) > 0
+    assert learning.timing._seconds(lane) > 0
     assert not any(learning.runs.torch.equal(*pair) for pair in zip(before, lane.weights, strict=True))
 
 
@@ -212,11 +278,18 @@ def test_processes_are_started_in_order_and_what_they_wrote_is_packed(learning, 
         ("0.4M", "mean-8-gate"),
     ]
     assert {job[2] for job in jobs if job[0] == "5M-short"} == {"scratch"}
+    ran = {("0.4M", name) for name in learning.all.ORDER[:5]}
+    jobs = learning.all.in_order("0.4M", "5M-short", learning.all.ORDER, ran)
+    # The plain model, which others go on from, is the first of those that have runs.
+    missing = [*learning.all.ORDER[5:], "plain"]
+    assert [job[1] for job in jobs if job[0] == "0.4M"][:7] == missing
+    assert [job[1] for job in jobs if job[0] == "5M-short"] == list(learning.all.ORDER)
     (tmp_path / "runs" / "0.4M").mkdir(parents=True)
     (tmp_path / "runs" / "0.4M" / "run.json").write_text("{}")
     (tmp_path / "runs" / "0.4M" / "run.json.part").write_text("{")
-    learning.all.pack_folder(tmp_path / "runs", tmp_path / "packed.tar.gz")
-    with tarfile.open(tmp_path / "packed.tar.gz") as archive:
+    for _ in range(2):
+        learning.all.pack_folder(tmp_path / "runs", tmp_path / "runs" / "packed.tar.gz")
+    with tarfile.open(tmp_path / "runs" / "packed.tar.gz") as archive:
         assert archive.getnames() == ["runs/0.4M/run.json"]
 
 
