@@ -26,7 +26,7 @@ from attnres_rewrite.streams import ResidualStream, StreamPlan
 # Rows, tokens of all sequences, up to which the schedule "auto" goes read by read.
 _FEW_ROWS = 8
 # Branches of a stream, and numbers in it, from which the layers of "auto" are compiled once. With fewer branches there
-# is little to share; with fewer numbers calls cost more than a hundredth of a step (benchmarks/compile_layers.py).
+# is little to share; with fewer numbers calls cost several hundredths of a step (benchmarks/compile_layers.py).
 _MANY_BRANCHES, _MANY_NUMBERS = 8, 2**18
 # Sources of a read from which Inductor takes minutes for what is written out for every one.
 _MANY_SOURCES = 24
