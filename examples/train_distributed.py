@@ -49,6 +49,8 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(f"queries: norm {total.sqrt().item():.4f}, {(max(totals) - min(totals)).item():.1e} between processes")
     dist.barrier()
+    # DDP would end the process group if it outlived it, and wait for its threads with the interpreter's lock in hand.
+    del wrapped
     dist.destroy_process_group()
 
 
