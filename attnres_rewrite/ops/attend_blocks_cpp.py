@@ -125,7 +125,8 @@ def attend_backward(
 
 
 def _in_arithmetic(block: Tensor, vectors: Sequence[Tensor]) -> list[Tensor]:
-    return [vector.to(compute_dtype(block)) for vector in vectors]
+    dtype = compute_dtype(block)
+    return [vector.to(dtype) for vector in vectors]
 
 
 def _sizes(blocks: Sequence[Tensor], reads: int, eps: float, scale: float) -> Any:

@@ -12,14 +12,11 @@ from attnres_rewrite.graph.nodes import GraphBuilder, op_name, require_tensor, v
 _DEVICES = ("cpu", "cuda")
 
 
-def share_masks(module: GraphModule) -> int:
+def share_masks(module: GraphModule) -> None:
     """Give attentions that share a mask of booleans what each makes of it: 0 where it attends, and minus infinity.
 
     Attention begins with this, and keeps it for the backward. Inline, the compiler sees that all layers make the same;
     a body would make and keep one, ``[..., T, T]``, at every call.
-
-    Returns:
-        How many attentions are given another mask.
     """
     sharing: dict[tuple[Node, torch.dtype], list[Node]] = {}
     written = set[int | None]()
@@ -28,7 +25,7 @@ def share_masks(module: GraphModule) -> int:
             sharing.setdefault((mask, require_tensor(node.all_input_nodes[0]).dtype), []).append(node)
         if (target := overwritten_by(node)) is not None and isinstance(value := value_of(target), torch.Tensor):
             written.add(_compat.storage_of(value))
-    build, changed = GraphBuilder(module), 0
+    build = GraphBuilder(module)
     for (mask, dtype), attentions in sharing.items():
         # What is written to later is another mask for some.
         if len(attentions) < 2 or _compat.storage_of(require_tensor(mask)) in written:
@@ -40,8 +37,6 @@ def share_masks(module: GraphModule) -> int:
                 added = build.call(torch.Tensor.to, added, dtype, like=mask)
         for node in attentions:
             node.replace_input_with(mask, added)
-        changed += len(attentions)
-    return changed
 
 
 def _mask_of(attention: Node) -> Node | None:
