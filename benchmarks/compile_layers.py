@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from _environment import environment, write_results
 from _memory import memory_of_step
+from _timing import in_turns, medians
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -43,7 +44,7 @@ from attnres_rewrite.bench.forms import randomise_queries
 RESULTS = Path(__file__).parent / "results" / "compile_layers.json"
 FORMS = ("plain", "regions", "inline", "once")
 STEPS = ("training", "inference")
-VOCABULARY, HEAD_WIDTH, LATER, WARM_UP = 8192, 64, 5, 3
+VOCABULARY, HEAD_WIDTH, LATER = 8192, 64, 5
 
 
 def make_model(form: str, options: argparse.Namespace) -> nn.Module:
@@ -85,7 +86,7 @@ def measure(form: str, step: str, options: argparse.Namespace) -> dict[str, Any]
     if step == "training":
         parameters = model.parameters()
         found["gradient_norm"] = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
-    found["step_s"] = statistics.median(timed(run) for _ in range(LATER))
+    found["step_s"] = medians({form: run}, LATER, "cpu")[form]
     return {**found, **memory_of_step(model, loss_of)} if step == "training" else found
 
 
@@ -95,12 +96,7 @@ def take_turns(step: str, options: argparse.Namespace) -> dict[str, Any]:
     for form in options.forms:
         runs[form] = steps_of(make_model(form, options).train(step == "training"), step, options)[1]
         runs[form]()
-    times: dict[str, list[float]] = {form: [] for form in runs}
-    for turn in range(options.turns + WARM_UP):
-        for form, run in runs.items():
-            seconds = timed(run)
-            if turn >= WARM_UP:
-                times[form].append(seconds)
+    times = in_turns(runs, options.turns, "cpu")
     return {form: summary(values, times) for form, values in times.items()}
 
 
@@ -134,12 +130,6 @@ def steps_of(
             return loss_of()
 
     return loss_of, run
-
-
-def timed(run: Any) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def cpu_seconds() -> float:
