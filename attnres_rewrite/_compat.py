@@ -124,6 +124,24 @@ def invoke_subgraph() -> Any:
     return getattr(torch.ops.higher_order, "invoke_subgraph", None)
 
 
+@contextlib.contextmanager
+def calls_write_nothing() -> Iterator[None]:
+    """Spare :func:`invoke_subgraph` to look, at every call that is differentiated, whether it writes into an operand.
+
+    It traces the graph once more to see it, a tenth of a second for a layer. What is compiled meanwhile must have no
+    call that does; in releases without the switch they are looked at.
+    """
+    called, switch = invoke_subgraph(), "_supports_training_input_mutation"
+    before = getattr(called, switch, None)
+    if before is not None:
+        setattr(called, switch, True)
+    try:
+        yield
+    finally:
+        if before is not None:
+            setattr(called, switch, before)
+
+
 def operators_run(
     function: Callable[..., Any], arguments: list[Any]
 ) -> tuple[tuple[Any, ...], list[tuple[str, bool, set[int]]]]:

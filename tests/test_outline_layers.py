@@ -42,6 +42,7 @@ from attnres_rewrite.passes.sections import Section
 
 aten = torch.ops.aten
 INVOKE = torch.ops.higher_order.invoke_subgraph
+SWITCH = "_supports_training_input_mutation"
 TOLERANCE = 1e-6  # float32
 EXACT = 1e-11  # float64
 
@@ -398,6 +399,38 @@ def test_a_backend_that_takes_no_calls(outlined, caplog, backend: object) -> Non
         step(rewritten(lambda: Tower(2), embeddings(), "once", 2, backend), embeddings())
     assert outlined == []
     assert "is not known to take calls of graphs" in caplog.text
+
+
+class Region(nn.Module):
+    """``inner`` in a region of PyTorch's, which runs twice: one that runs once is inlined."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.region = inner, torch.compiler.nested_compile_region(lambda x: inner(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.region(x) + self.region(x)
+
+
+@pytest.mark.skipif(not hasattr(INVOKE, SWITCH), reason="this release of torch looks in any case")
+@pytest.mark.parametrize("region", [False, True])
+def test_calls_are_looked_at_for_writes_where_a_region_of_the_user_is(monkeypatch, region: bool) -> None:
+    """A body is traced anew to look. Those of the pass write nothing; what a region of the user's does is not known."""
+    traced, gen_schema = [], type(INVOKE).gen_schema
+
+    def counted(operator: Any, subgraph: object, identifier: str, *operands: object) -> object:
+        traced.append(identifier)
+        return gen_schema(operator, subgraph, identifier, *operands)
+
+    monkeypatch.setattr(type(INVOKE), "gen_schema", counted)
+    before, model = getattr(INVOKE, SWITCH), rewritten(lambda: Tower(2), embeddings(), "once", 2)
+    if region:
+        model.head = Region(model.head)
+    step(model, embeddings())
+    # To make it functional, a body is traced once.
+    assert traced.count(f"fw_{BODY}_0") == 1
+    assert traced.count(f"{BODY}_0") == (8 if region else 0)
+    assert getattr(INVOKE, SWITCH) is before is False
 
 
 def test_inductor_takes_no_calls_with_a_cpp_wrapper() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -20,6 +21,7 @@ from attnres_rewrite.forms.wrappers import require_known_sites
 from attnres_rewrite.graph.nodes import is_inside, require_tensor, source_line
 from attnres_rewrite.ops.attend_blocks_native import takes
 from attnres_rewrite.passes import Refusal, RefuseNonSums, Site, SiteParameters
+from attnres_rewrite.passes.outline_layers import calls_only_bodies
 from attnres_rewrite.pipeline import find_streams, insert, outline
 from attnres_rewrite.streams import ResidualStream, StreamPlan
 
@@ -85,7 +87,10 @@ class AttnResBackend:
             self.inserted(rewrite_captured(module, self.plain_streams, scheduled, self.site_parameters))
         except AttnResError as error:
             return _raiser(error)
-        return self._compile(module, inputs, **options)
+        # Bodies that write into memory are not made; a region of the user's may.
+        sure = calls_only_bodies(module)
+        with _compat.calls_write_nothing() if sure else contextlib.nullcontext():
+            return self._compile(module, inputs, **options)
 
     def _scheduled(self, mode: str | None, options: Any, anchor: Anchor, plan: StreamPlan) -> AttnResConfig:
         self.planned(anchor, plan)

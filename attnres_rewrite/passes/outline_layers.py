@@ -92,8 +92,7 @@ class OutlineLayers(Pass):
 
     def ensures(self, module: GraphModule, result: Outlined, *inputs: object) -> None:
         """As many bodies and calls as the result says, and no call is given one value twice."""
-        calls = [node for node in module.graph.nodes if node.target is _compat.invoke_subgraph()]
-        own = [node for node in calls if str(node.args[1]).startswith(BODY)]
+        own = [node for node in _calls(module.graph) if _is_own(node)]
         found = [len(list(group)) for _, group in itertools.groupby(sorted(str(node.args[1]) for node in own))]
         if sorted(found) != sorted(result.calls):
             raise PostconditionError(f"bodies have {found} calls in the graph instead of {list(result.calls)}")
@@ -109,6 +108,20 @@ class OutlineLayers(Pass):
             reasons.setdefault(reason, []).append(name)
         inline = "".join(f"; {len(names)} inline ({names[0]}: {reason})" for reason, names in reasons.items())
         return f"{sum(result.calls)} branches call {len(result.calls)} bodies{inline}"
+
+
+def calls_only_bodies(module: GraphModule) -> bool:
+    """Whether every graph that is called in ``module``, itself or from within, is one that this pass has made."""
+    graphs = (part.graph for part in module.modules() if isinstance(part, GraphModule))
+    return all(map(_is_own, itertools.chain.from_iterable(map(_calls, graphs))))
+
+
+def _calls(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if node.target is _compat.invoke_subgraph()]
+
+
+def _is_own(call: Node) -> bool:
+    return str(call.args[1]).startswith(BODY)
 
 
 def _align(module: GraphModule, spans: Sequence[Span], sites: Sequence[Site]) -> Mapping[Node, Node]:
