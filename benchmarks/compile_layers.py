@@ -6,7 +6,8 @@ median of later steps, which is a first look. "saved" is what a training step ke
 "regions" is the plain model with every layer under PyTorch's own `torch.compiler.nested_compile_region`.
 
 With `--turns N` later steps are measured instead: one process compiles all forms, and they take turns, a step each, N
-times. Ratios are taken within a turn.
+times. Ratios are taken within a turn. As in `attnres bench`, memory that is freed is kept: to get it back from the
+system takes a third of a step here, at no fixed time.
 
     python benchmarks/compile_layers.py [--layers 12] [--width 256] [--length 256] [--batch 2] [--blocks 8]
         [--steps training inference] [--rounds 1] [--forms plain regions inline once] [--turns N]
@@ -40,6 +41,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import attnres_rewrite
 from attnres_rewrite.bench.forms import randomise_queries
+from attnres_rewrite.bench.timing import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results" / "compile_layers.json"
 FORMS = ("plain", "regions", "inline", "once")
@@ -92,6 +94,7 @@ def measure(form: str, step: str, options: argparse.Namespace) -> dict[str, Any]
 
 def take_turns(step: str, options: argparse.Namespace) -> dict[str, Any]:
     """Times of later steps, in this process; every ratio is to the plain model's step of the same turn."""
+    keep_freed_memory()
     runs = {}
     for form in options.forms:
         runs[form] = steps_of(make_model(form, options).train(step == "training"), step, options)[1]
