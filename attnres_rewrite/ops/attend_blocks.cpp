@@ -3,7 +3,8 @@
 // ARITHMETIC, so that there is one library a type of blocks.
 //
 // A row is in the nearest cache when it is used again, so what counts is how often a value is loaded from there: four dot
-// products, or four sums of weighted vectors, are made together, with what they add up in registers.
+// products, or four sums of weighted vectors, are made together, with what they add up in registers. Where it is used
+// first, the same place of the next row is asked for: what reads ahead in a processor does not follow rows of many blocks.
 
 #include <omp.h>
 
@@ -82,7 +83,9 @@ inline void in_tiles(int64_t count, Call call) {
   if (count - i == 1) call(std::integral_constant<int, 1>(), i);
 }
 
-// Dot products of `x` with `count` others.
+constexpr bool COPIED = !std::is_same_v<T, A>;
+
+// Dot products of `x` with `count` others; where `x` is a row of a block, it asks for the next.
 inline void dots(const A* x, const A* const* others, int64_t count, int64_t width, A* found) {
   in_tiles(count, [=](auto size, int64_t begin) {
     constexpr int R = decltype(size)::value;
@@ -91,6 +94,10 @@ inline void dots(const A* x, const A* const* others, int64_t count, int64_t widt
     int64_t d = 0;
     for (; d + STEP <= width; d += STEP) {
       const Vector first = load(x + d), second = load(x + d + LANES);
+      if (!COPIED && begin == 0) {
+        __builtin_prefetch(x + d + width);
+        __builtin_prefetch(x + d + LANES + width);
+      }
       for (int r = 0; r < R; ++r) {
         sums[r][0] += first * load(of[r] + d);
         sums[r][1] += second * load(of[r] + d + LANES);
@@ -142,13 +149,14 @@ struct Rows {
   int64_t n, width;
 
   Rows(const void* const* blocks, int64_t n, int64_t width)
-      : copies(std::is_same_v<T, A> ? 0 : n * width), blocks(blocks), n(n), width(width) {}
+      : copies(COPIED ? n * width : 0), blocks(blocks), n(n), width(width) {}
 
   void load(int64_t row, const A** at) {
     for (int64_t i = 0; i < n; ++i) {
       const T* source = static_cast<const T*>(blocks[i]) + row * width;
-      if constexpr (std::is_same_v<T, A>) {
-        at[i] = source;
+      if constexpr (!COPIED) {
+        // Both branches are compiled for every type.
+        at[i] = reinterpret_cast<const A*>(source);
       } else {
         A* copy = copies.data() + i * width;
 #pragma omp simd

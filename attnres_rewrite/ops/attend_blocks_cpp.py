@@ -49,7 +49,11 @@ def _library(dtype: torch.dtype) -> Any:
         return _compat.compile_cpp(source)
     except Exception as error:
         # Whatever keeps it from being compiled, there is another way.
-        _logger.info("attend_blocks is not compiled for %s: %s", dtype, str(error).splitlines()[:1])
+        _logger.warning(
+            "phase one of %s is left to Inductor, which takes longer to compile it: its C++ did not compile (%s)",
+            dtype,
+            next(iter(str(error).splitlines()), repr(error)),
+        )
         return None
 
 
