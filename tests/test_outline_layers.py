@@ -33,12 +33,12 @@ from attnres_rewrite import _compat
 from attnres_rewrite.forms import backend as backend_module
 from attnres_rewrite.forms import saved_activations
 from attnres_rewrite.forms.backend import AttnResBackend
-from attnres_rewrite.graph.nodes import GraphBuilder, op_name
+from attnres_rewrite.graph.nodes import GraphBuilder, indices, op_name, value_of
 from attnres_rewrite.ops import attend_blocks_cpp
 from attnres_rewrite.passes import Outlined, OutlineLayers, PostconditionError
 from attnres_rewrite.passes.bodies import Body
 from attnres_rewrite.passes.outline_layers import BODY
-from attnres_rewrite.passes.sections import Section
+from attnres_rewrite.passes.sections import Section, nodes_between, wants_gradients, why_it_stays
 
 aten = torch.ops.aten
 INVOKE = torch.ops.higher_order.invoke_subgraph
@@ -293,11 +293,71 @@ def checkpointed(feed: Feed, x: Tensor) -> Tensor:
     return checkpoint(lambda x: feed.down(feed.up(feed.norm(x)).tanh()), x, use_reentrant=False)
 
 
+def assembling(feed: Feed, x: Tensor) -> Tensor:
+    """Puts a tensor together as the keys of latent attention are, which nothing but writes leads to."""
+    parts = feed.up(feed.norm(x)).chunk(2, -1)
+    whole = parts[0].new_empty((*x.shape[:-1], 2 * parts[0].shape[-1]))
+    whole[..., ::2] = parts[0]
+    whole[..., 1::2] = parts[1].tanh()
+    whole /= whole.square().sum(-1, keepdim=True) + 1
+    return feed.down(whole)
+
+
+def test_a_branch_may_write_into_what_it_makes(outlined) -> None:
+    assert_as_inline(lambda: Branchy(assembling), embeddings(), 2)
+    assert (outlined[-1].calls, outlined[-1].inline) == ((4,), ())
+
+
+def test_what_is_written_wants_the_gradients_of_what_is_put_in() -> None:
+    graph = fx.Graph()
+    x, made, after = (
+        graph.placeholder("x"),
+        graph.call_function(torch.zeros, (2,)),
+        graph.call_function(torch.zeros, (2,)),
+    )
+    written = graph.call_method("copy_", (made, x))
+    used, other = graph.call_function(torch.relu, (made,)), graph.call_function(torch.relu, (after,))
+    with FakeTensorMode():
+        for node in (made, after, used, other):
+            node.meta["example_value"] = torch.zeros(2)
+        x.meta["example_value"], written.meta["example_value"] = torch.zeros(2).requires_grad_(), value_of(made)
+    wanted = wants_gradients(graph)
+    assert [wanted[node] for node in (x, made, used, after, other)] == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_memory_that_is_read_outside_before_it_is_written_stays(read_before: bool) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    made = graph.call_function(torch.relu, (x,))
+    reads = [graph.call_function(torch.tanh, (made,)) for _ in range(read_before)]
+    written = graph.call_method("mul_", (made, 2))
+    reads.append(graph.call_function(torch.tanh, (made,)))
+    graph.output(tuple(reads))
+    with FakeTensorMode():
+        for node in (x, made, *reads):
+            node.meta["example_value"] = torch.zeros(2)
+        written.meta["example_value"] = value_of(made)
+    index = indices(graph)
+    nodes = nodes_between(x, [made], index)
+    assert nodes == [made]
+    reason = why_it_stays(Section.of([made, written], (True,)), index)
+    assert reason == ("mul_ (mul_) writes into memory that is not the branch's alone" if read_before else None)
+
+
+def rotating(feed: Feed, x: Tensor) -> Tensor:
+    """As rotary embeddings are written with complex numbers."""
+    turned = torch.view_as_complex(feed.up(feed.norm(x)).unflatten(-1, (-1, 2)))
+    angles = torch.linspace(0, 1, turned.shape[-1], dtype=x.dtype)
+    return feed.down(torch.view_as_real(turned * torch.polar(torch.ones_like(angles), angles)).flatten(-2))
+
+
 @pytest.mark.parametrize(
     ("branch", "reason"),
     [
         (random, "draws random numbers"),
-        pytest.param(writing, "writes into memory", marks=pytest.mark.slow),
+        pytest.param(rotating, "is complex", marks=pytest.mark.slow),
+        pytest.param(writing, "writes into memory that is not the branch's alone", marks=pytest.mark.slow),
         pytest.param(without_gradients, "runs in the midst of it", marks=pytest.mark.slow),
         pytest.param(under_autocast, "under autocast", marks=pytest.mark.slow),
         pytest.param(checkpointed, "activation checkpointing", marks=pytest.mark.slow),

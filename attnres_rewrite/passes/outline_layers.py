@@ -62,8 +62,8 @@ class OutlineLayers(Pass):
     makes of a mask is made once, before them (:mod:`shared_masks`).
 
     A branch stays as it is, with the reason in the log, if it is alone; or if running it elsewhere, or differentiating
-    it once for all calls, might give other numbers: where it writes into memory, draws random numbers, changes a mode,
-    returns a view of what it is given, or is checkpointed.
+    it once for all calls, might give other numbers: where it writes into memory that others have too, draws random
+    numbers, changes a mode, returns a view of what it is given, or is checkpointed.
     """
 
     def requires(self, module: GraphModule, *inputs: object) -> None:
@@ -184,7 +184,7 @@ class _Outliner:
                 continue
             taken.update(nodes)
             section = Section.of(nodes, mode_of[nodes[0]])
-            if (reason := why_it_stays(section)) is not None:
+            if (reason := why_it_stays(section, index)) is not None:
                 self.inline.append((nodes[-1].name, reason))
                 continue
             # A body is differentiated once, for the operands that want gradients in the call that is traced.

@@ -6,14 +6,14 @@ A *section* is the nodes between a read of the stream and the branch output: wha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from attnres_rewrite import _compat
-from attnres_rewrite.graph.memory import overwritten_by
+from attnres_rewrite.graph.memory import aliases_of, overwritten_by
 from attnres_rewrite.graph.nodes import SHAPE_ONLY, data_inputs, op_name, value_of
 
 Mode = tuple[object, ...]
@@ -99,22 +99,36 @@ def _kind(value: Any) -> object:
 
 
 def nodes_between(start: Node, ends: Iterable[Node], index: Mapping[Node, int]) -> list[Node]:
-    """The nodes, in graph order, that compute from the data of ``start`` and lead to ``ends``, these included."""
-    leading, pending = set[Node](), list(ends)
+    """The nodes, in graph order, that compute from the data of ``start`` and lead to ``ends``, these included.
+
+    What writes into their memory leads to the ends as well.
+    """
+    ends, leading = list(ends), set[Node]()
+    last = max(index[node] for node in ends)
+    writers = [node for node in index if index[start] < index[node] < last and overwritten_by(node) is not None]
+    pending = list(ends)
     while pending:
-        node = pending.pop()
-        if node not in leading and index.get(node, -1) > index[start]:
-            leading.add(node)
-            pending += node.all_input_nodes
-    found: dict[Node, None] = {}
-    for node in sorted(leading, key=index.__getitem__):
-        if start in data_inputs(node) or any(source in found for source in node.all_input_nodes):
-            found[node] = None
+        while pending:
+            node = pending.pop()
+            if node not in leading and index.get(node, -1) > index[start]:
+                leading.add(node)
+                pending += node.all_input_nodes
+        found: dict[Node, None] = {}
+        for node in sorted(leading, key=index.__getitem__):
+            if start in data_inputs(node) or any(source in found for source in node.all_input_nodes):
+                found[node] = None
+        pending = [node for node in writers if node not in leading and not _written(node).isdisjoint(found)]
     return list(found)
 
 
-def why_it_stays(section: Section) -> str | None:
-    """What forbids making a graph of its own of ``section``; ``None`` if nothing does."""
+def _written(node: Node) -> set[Node]:
+    """The nodes whose memory ``node`` writes into."""
+    overwritten = overwritten_by(node)
+    return set() if overwritten is None else aliases_of(overwritten)
+
+
+def why_it_stays(section: Section, index: Mapping[Node, int]) -> str | None:
+    """What forbids making a graph of its own of ``section``, ``None`` if nothing does; ``index`` has the order."""
     inside = set(section.nodes)
     if len(section.mode) > 1:
         # The graph has left autocast when a body is traced again, which then computes in another dtype.
@@ -122,8 +136,8 @@ def why_it_stays(section: Section) -> str | None:
     if not section.outputs:
         return "nothing reads it"
     for node in section.span():
-        if overwritten_by(node) is not None:
-            return f"{node.name} ({op_name(node)}) writes into memory"
+        if not _writes_into_its_own(node, inside, index[section.nodes[-1]], index):
+            return f"{node.name} ({op_name(node)}) writes into memory that is not the branch's alone"
         if node not in inside:
             if node.op.startswith("call") and (value_of(node) is None or op_name(node) in _RANDOM):
                 return f"{node.name} ({op_name(node)}) runs in the midst of it, for its effect"
@@ -135,6 +149,8 @@ def why_it_stays(section: Section) -> str | None:
             return f"{node.name} ({op_name(node)}) runs a graph of its own"
         elif str(node.target).startswith("attnres.") and node is not section.nodes[0]:
             return f"{node.name} is a site of another stream"
+        elif any(tensor.is_complex() for tensor in _compat.tensors_in(value_of(node))):
+            return f"{node.name} is complex, and a conjugate that is kept for the backward cannot be passed to a body"
     for node in section.operands:
         if not isinstance(value_of(node), (torch.Tensor, torch.SymInt, int)):
             return f"its operand {node.name} is a {type(value_of(node)).__name__}"
@@ -142,6 +158,15 @@ def why_it_stays(section: Section) -> str | None:
         if not isinstance(value_of(section.nodes[i]), torch.Tensor):
             return f"{section.nodes[i].name}, which is read outside, is no tensor"
     return None
+
+
+def _writes_into_its_own(node: Node, inside: Set[Node], last: int, index: Mapping[Node, int]) -> bool:
+    """Whether what ``node`` writes into, if anything, is made in a section, and read outside after all of it."""
+    written = _written(node)
+    if not written:
+        return True
+    early = [user for own in written & inside for user in own.users if user not in inside and index[user] < last]
+    return node in inside and not early and all(other in inside or index[other] > last for other in written)
 
 
 def modes(graph: Graph) -> Iterator[tuple[Node, Mode]]:
@@ -168,6 +193,8 @@ def wants_gradients(graph: Graph) -> dict[Node, bool]:
     found: dict[Node, bool] = {}
     for node, (recording, *_) in modes(graph):
         value = value_of(node)
+        if recording and any(found[source] for source in node.all_input_nodes):
+            found |= dict.fromkeys(found.keys() & _written(node), True)
         if not node.op.startswith("call"):
             found[node] = isinstance(value, torch.Tensor) and value.requires_grad
             continue
