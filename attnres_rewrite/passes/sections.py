@@ -24,6 +24,9 @@ _RANDOM = frozenset(
     "rand_like randn randn_like randint randint_like randperm rrelu".split()
 )
 
+# Counts that somebody called something.
+_NO_EFFECT = "_log_api_usage_once"
+
 # Arguments that are the same if they are written the same.
 _PLAIN = (int, float, complex, str, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -139,7 +142,8 @@ def why_it_stays(section: Section, index: Mapping[Node, int]) -> str | None:
         if not _writes_into_its_own(node, inside, index[section.nodes[-1]], index):
             return f"{node.name} ({op_name(node)}) writes into memory that is not the branch's alone"
         if node not in inside:
-            if node.op.startswith("call") and (value_of(node) is None or op_name(node) in _RANDOM):
+            effect = value_of(node) is None and op_name(node) != _NO_EFFECT
+            if node.op.startswith("call") and (effect or op_name(node) in _RANDOM):
                 return f"{node.name} ({op_name(node)}) runs in the midst of it, for its effect"
         elif node.op not in ("call_function", "call_method"):
             return f"{node.name} is a {node.op} node"
