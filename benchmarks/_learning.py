@@ -62,7 +62,8 @@ class Size:
 
 SIZES = {
     "quick": Size(2, 32, 2, 32, steps=4, held_out=4, backend="eager", rates=(2e-3,), extra_rates=0, seeds=2),
-    # For a CPU: minutes a run.
+    # For a CPU: a minute a run, and several for the larger.
+    "0.06M": Size(layers=8, width=24, batch=16, length=128, steps=160, rates=(4e-3, 8e-3, 1.6e-2, 3.2e-2), seeds=5),
     "0.1M": Size(layers=8, width=32, batch=16, length=128, steps=260, rates=(2e-3, 4e-3, 8e-3, 1.6e-2), seeds=5),
     "0.25M": Size(layers=8, width=48, batch=16, length=128, steps=600),
     "0.4M": Size(layers=8, width=64, batch=16, length=128, steps=1000),
