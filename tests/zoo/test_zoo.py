@@ -39,9 +39,9 @@ def test_member(member: Member, record_property, request: pytest.FixtureRequest)
     check(member, MODES if both else {MODES[MEMBERS.index(member) % 2]})
 
 
-# One in every forty, from all families, and four that write into tensors of their own, are complex or count their calls.
-# AOTAutograd cannot run PatchTSMixer in training, in either form: on a CPU the backward of its dropout has other strides
-# than is assumed.
+# One in every forty, from all families, and four that write into tensors of their own, are complex or count their
+# calls. AOTAutograd cannot run PatchTSMixer in training, in either form: on a CPU the backward of its dropout has other
+# strides than is assumed.
 _TRAINED = [m for m in MEMBERS if isinstance(m.outcome, Accepted) and not m.outcome.untrainable]
 _FOUND = ("codegen", "deepseek_v2", "deepseek_v3", "hunyuan_v1_moe")
 _COMPILED = [m for i, m in enumerate(_TRAINED) if i % 40 == 0 or m.name in _FOUND if m.name != "PatchTSMixer"]
