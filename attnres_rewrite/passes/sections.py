@@ -72,11 +72,16 @@ class Section:
 
     def span(self) -> Iterator[Node]:
         """Everything in the graph from the first node to the last."""
-        node = self.nodes[0]
-        while node is not self.nodes[-1]:
-            yield node
-            node = node.next
+        return _from(self.nodes[0], self.nodes[-1])
+
+
+def _from(first: Node, last: Node) -> Iterator[Node]:
+    """Everything in a graph from ``first`` to ``last``, these included."""
+    node = first
+    while node is not last:
         yield node
+        node = node.next
+    yield node
 
 
 def _encoded(argument: Any, inner: Any) -> object:
@@ -106,10 +111,9 @@ def nodes_between(start: Node, ends: Iterable[Node], index: Mapping[Node, int]) 
 
     What writes into their memory leads to the ends as well.
     """
-    ends, leading = list(ends), set[Node]()
-    last = max(index[node] for node in ends)
-    writers = [node for node in index if index[start] < index[node] < last and overwritten_by(node) is not None]
-    pending = list(ends)
+    pending, leading = list(ends), set[Node]()
+    last = max(pending, key=index.__getitem__)
+    writers = [node for node in _from(start, last) if overwritten_by(node) is not None]
     while pending:
         while pending:
             node = pending.pop()
