@@ -157,7 +157,8 @@ def why_it_stays(section: Section, index: Mapping[Node, int]) -> str | None:
             return f"{node.name} ({op_name(node)}) runs a graph of its own"
         elif str(node.target).startswith("attnres.") and node is not section.nodes[0]:
             return f"{node.name} is a site of another stream"
-        elif any(tensor.is_complex() for tensor in _compat.tensors_in(value_of(node))):
+    for node in (*section.nodes, *section.operands):
+        if any(tensor.is_complex() for tensor in _compat.tensors_in(value_of(node))):
             return f"{node.name} is complex, and a conjugate that is kept for the backward cannot be passed to a body"
     for node in section.operands:
         if not isinstance(value_of(node), (torch.Tensor, torch.SymInt, int)):
