@@ -125,14 +125,14 @@ def invoke_subgraph() -> Any:
 
 
 @contextlib.contextmanager
-def calls_write_nothing() -> Iterator[None]:
+def calls_write_nothing(*, sure: bool) -> Iterator[None]:
     """Spare :func:`invoke_subgraph` to look, at every call that is differentiated, whether it writes into an operand.
 
-    It traces the graph once more to see it, a tenth of a second for a layer. What is compiled meanwhile must have no
-    call that does; in releases without the switch they are looked at.
+    It traces the graph once more to see it, a tenth of a second for a layer. Who is ``sure`` compiles no call that
+    does; otherwise, and in releases without the switch, all are looked at.
     """
     called, switch = invoke_subgraph(), "_supports_training_input_mutation"
-    before = getattr(called, switch, None)
+    before = getattr(called, switch, None) if sure else None
     if before is not None:
         setattr(called, switch, True)
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -88,8 +87,7 @@ class AttnResBackend:
         except AttnResError as error:
             return _raiser(error)
         # Bodies that write into memory are not made; a region of the user's may.
-        sure = calls_only_bodies(module)
-        with _compat.calls_write_nothing() if sure else contextlib.nullcontext():
+        with _compat.calls_write_nothing(sure=calls_only_bodies(module)):
             return self._compile(module, inputs, **options)
 
     def _scheduled(self, mode: str | None, options: Any, anchor: Anchor, plan: StreamPlan) -> AttnResConfig:
@@ -105,7 +103,8 @@ class AttnResBackend:
         # so that there are fewer to compile. With one, the decoding of a token, every loop nest more costs more than
         # the sources that it saves.
         shares = config.schedule == "auto" and not config.value_norm
-        if shares and self.inner == "inductor" and not _has_few_rows(plan):
+        # Where a size is dynamic, that of the call that was traced counts.
+        if shares and self.inner == "inductor" and _numbers(plan) > _FEW_ROWS * plan.stream.width:
             config = dataclasses.replace(config, schedule="two_phase")
         if self.inner == "inductor":
             _warn_of_long_compilation(plan, config)
@@ -240,11 +239,6 @@ def _warn_of_long_compilation(plan: StreamPlan, config: AttnResConfig) -> None:
         max(plan.sources),
         sum(plan.sources),
     )
-
-
-def _has_few_rows(plan: StreamPlan) -> bool:
-    """Whether the stream has at most ``_FEW_ROWS`` rows, where a size is dynamic in the call that was traced."""
-    return _numbers(plan) <= _FEW_ROWS * plan.stream.width
 
 
 def _numbers(plan: StreamPlan) -> int:
