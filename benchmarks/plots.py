@@ -17,6 +17,12 @@ from matplotlib.ticker import MaxNLocator
 
 HERE = Path(__file__).parent
 IMAGES = HERE.parent / "docs" / "images"
+# What is looked at inside of a model, and how an axis says it.
+INSIDE = {
+    "output_rms": "RMS of the running sum after it",
+    "gradient_norm": "norm of the gradient",
+    "largest_weight": "largest depth weight",
+}
 
 
 def read(name: str) -> Any:
@@ -62,9 +68,9 @@ def draw_schedules() -> None:
     figure.savefig(IMAGES / "schedule.png", dpi=120)
 
 
-def draw_learning() -> None:
+def draw_learning(study: str) -> None:
     """Models trained from scratch: the loss at every rate; on the way, below plain's; at the end, with all seeds."""
-    sizes = {name: found for name, found in read("learning/summary").items() if "retrofit" not in name}
+    sizes = {name: found for name, found in read(f"{study}/summary").items() if "retrofit" not in name}
     figure, rows = plt.subplots(len(sizes), 3, figsize=(11, 3.6 * len(sizes)), layout="constrained", squeeze=False)
     for (rates, way, end), (size, contestants) in zip(rows, sizes.items(), strict=True):
         plain = dict(contestants["plain"]["curve"])
@@ -81,7 +87,7 @@ def draw_learning() -> None:
         way.set(xlabel="million bytes trained on", ylabel="validation loss minus plain's, at the best rates")
         way.legend(frameon=False, fontsize=7, ncols=2)
         draw_differences(end, contestants)
-    figure.savefig(IMAGES / "learning.png", dpi=120)
+    figure.savefig(IMAGES / f"{study}.png", dpi=120)
 
 
 def style(name: str, contestants: Any) -> dict[str, str]:
@@ -101,30 +107,27 @@ def draw_differences(axes: Any, contestants: Any) -> None:
     axes.invert_yaxis()
     axes.axvline(0, color="0.4", linewidth=0.8)
     axes.set(xlabel="test loss minus plain's, nats a byte")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
-def draw_retrofit() -> None:
+def draw_retrofit(study: str) -> None:
     """A trained plain model that goes on, in every form; the scale is linear up to a hundredth."""
-    found = {name: entry for name, entry in read("learning/summary").items() if "retrofit" in name}
-    figure, panels = plt.subplots(1, len(found), figsize=(8 * len(found), 3.2), layout="constrained", squeeze=False)
+    found = {name: entry for name, entry in read(f"{study}/summary").items() if "retrofit" in name}
+    height = max(map(len, found.values())) / 4
+    figure, panels = plt.subplots(1, len(found), figsize=(8 * len(found), height), layout="constrained", squeeze=False)
     for axes, (size, contestants) in zip(panels[0], found.items(), strict=True):
         draw_differences(axes, contestants)
         axes.set_xscale("symlog", linthresh=0.01)
         axes.set_xticks(ticks := [-0.01, -0.005, 0, 0.005, 0.01, 0.1, 0.2], [f"{tick:g}" for tick in ticks])
         axes.set_title(size)
-    figure.savefig(IMAGES / "retrofit.png", dpi=120)
+    figure.savefig(IMAGES / f"{study.replace('learning', 'retrofit')}.png", dpi=120)
 
 
 def draw_inside() -> None:
     """Magnitudes and gradients by depth after training from scratch, and how far the reads are from uniform."""
     contestants = {name: found for name, found in read("learning/summary")["0.4M"].items() if found["looks"]}
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    labels = {
-        "output_rms": "RMS of the running sum after it",
-        "gradient_norm": "norm of the gradient",
-        "largest_weight": "largest depth weight",
-    }
-    for axes, (key, label) in zip(panels, labels.items(), strict=True):
+    for axes, (key, label) in zip(panels, INSIDE.items(), strict=True):
         for name, found in contestants.items():
             if values := found["looks"][-1].get(key):
                 axes.plot(values, marker="o", markersize=2, linewidth=1, label=name, **style(name, contestants))
@@ -134,9 +137,36 @@ def draw_inside() -> None:
     figure.savefig(IMAGES / "inside.png", dpi=120)
 
 
+def draw_training() -> None:
+    """Inside of models while they train, a row a contestant: darker is later."""
+    size = "0.1M"
+    contestants = read("learning_cpu/summary")[size]
+    shown = [name for name in ("plain", "mean-8", "sum-8", "add-8") if contestants[name]["looks"]]
+    figure, rows = plt.subplots(
+        len(shown), 3, figsize=(11, 2.4 * len(shown)), layout="constrained", sharex="col", sharey="col"
+    )
+    for panels, name in zip(rows, shown, strict=True):
+        looks = contestants[name]["looks"]
+        for axes, (key, label) in zip(panels, INSIDE.items(), strict=True):
+            for i, look in enumerate(looks):
+                if values := look.get(key):
+                    axes.plot(values, linewidth=1, color=plt.cm.viridis_r(i / len(looks)), label=f"{look['part']:.0%}")
+            axes.set_ylabel(label, fontsize=7)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            # A plain model has no depth weights.
+            axes.set_visible(bool(axes.lines))
+        panels[0].set_title(f"{name}, {size}", fontsize=8)
+    for axes, label in zip(rows[-1], ("sublayer", "sublayer", "read"), strict=True):
+        axes.set_xlabel(label)
+    rows[0][0].legend(frameon=False, fontsize=6, title="of the training", title_fontsize=6)
+    figure.savefig(IMAGES / "training.png", dpi=120)
+
+
 if __name__ == "__main__":
     draw_sizes()
     draw_schedules()
-    draw_learning()
-    draw_retrofit()
+    for study in ("learning", "learning_cpu"):
+        draw_learning(study)
+        draw_retrofit(study)
     draw_inside()
+    draw_training()

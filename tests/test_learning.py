@@ -63,14 +63,25 @@ def test_every_contestant_is_judged_at_its_own_best_rate_seed_by_seed(learning):
     assert row in learning.tables({"quick": found})
 
 
-def test_the_tables_of_the_evidence_are_those_of_the_runs(learning, capsys, tmp_path):
-    kept = shutil.copytree(learning.RESULTS, tmp_path / "learning")
+@pytest.mark.parametrize(
+    ("study", "sizes", "learned", "looked_into"),
+    [
+        ("learning", ["0.4M", "0.4M, retrofit"], 13, 11),
+        ("learning_cpu", ["0.06M", "0.1M", "0.1M, retrofit", "0.25M"], 33, 29),
+    ],
+)
+def test_the_tables_of_the_evidence_are_those_of_the_runs(
+    learning, capsys, tmp_path, study, sizes, learned, looked_into
+):
+    of_study = learning.RESULTS.with_name(study)
+    kept = shutil.copytree(of_study, tmp_path / study)
     found = learning.report(kept)
-    assert found == json.loads((learning.RESULTS / "summary.json").read_text())
-    assert list(found) == ["0.4M", "0.4M, retrofit"]
+    assert found == json.loads((of_study / "summary.json").read_text())
+    assert list(found) == sizes
     rows = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\| [\w]", line)]
-    # Contestants of both stages; what is inside of all of them but the plain ones.
-    assert len(rows) == 13 + 11
+    laws = json.loads((of_study / "scaling.json").read_text()) if (of_study / "scaling.json").exists() else {}
+    # Contestants of both stages; what is inside of those that were looked into; exponents.
+    assert len(rows) == learned + looked_into + len(laws)
     page = Path(__file__).parents[1].joinpath("docs", "evidence.md").read_text()
     for row in rows:
         assert row in page, row
