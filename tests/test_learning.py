@@ -79,7 +79,9 @@ def test_the_tables_of_the_evidence_are_those_of_the_runs(
     assert found == json.loads((of_study / "summary.json").read_text())
     assert list(found) == sizes
     rows = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\| [\w]", line)]
-    laws = json.loads((of_study / "scaling.json").read_text()) if (of_study / "scaling.json").exists() else {}
+    files = [folder / "scaling.json" for folder in (of_study, kept)]
+    laws, again = (json.loads(file.read_text()) if file.exists() else {} for file in files)
+    assert laws == again
     # Contestants of both stages; what is inside of those that were looked into; exponents.
     assert len(rows) == learned + looked_into + len(laws)
     page = Path(__file__).parents[1].joinpath("docs", "evidence.md").read_text()

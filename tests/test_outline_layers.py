@@ -352,6 +352,17 @@ def rotating(feed: Feed, x: Tensor) -> Tensor:
     return feed.down(torch.view_as_real(turned * torch.polar(torch.ones_like(angles), angles)).flatten(-2))
 
 
+def test_what_is_given_a_complex_number_stays() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    parts = graph.call_function(torch.view_as_real, (x,))
+    graph.output(parts)
+    with FakeTensorMode():
+        x.meta["example_value"] = torch.zeros(2, dtype=torch.complex64)
+        parts.meta["example_value"] = torch.zeros(2, 2)
+    assert "x is complex" in str(why_it_stays(Section.of([parts], (True,)), indices(graph)))
+
+
 @pytest.mark.parametrize(
     ("branch", "reason"),
     [

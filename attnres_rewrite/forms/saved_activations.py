@@ -22,7 +22,7 @@ from attnres_rewrite import _compat
 from attnres_rewrite.forms.summed_gradients import keep_sums, sum_in_phase_one
 from attnres_rewrite.graph.nodes import tensor_of
 from attnres_rewrite.passes import PostconditionError
-from attnres_rewrite.passes.outline_layers import BODY
+from attnres_rewrite.passes.outline_layers import BODY, calls_in
 
 # By name: the metadata of a node may hold a copy of the operator.
 _OPERATORS = ("block_attn_res", "attend_blocks", "attend_blocks_native", "merge_partial")
@@ -79,10 +79,10 @@ def take_operands_from_outside(graph: Graph) -> int:
 
 def _calls(graph: Graph) -> Iterator[tuple[Node, GraphModule]]:
     """Every call of a body, with that graph."""
-    module, target = graph.owning_module, _compat.invoke_subgraph()
-    for node in graph.find_nodes(op="call_function", target=target) if target is not None else ():
+    module = graph.owning_module
+    for node in calls_in(graph):
         if BODY in str(node.args[1]):
-            yield node, getattr(module, str(node.args[0].target))
+            yield node, getattr(module, str(node.all_input_nodes[0].target))
 
 
 def _storage(node: Node) -> int | None:

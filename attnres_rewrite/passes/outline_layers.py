@@ -92,7 +92,7 @@ class OutlineLayers(Pass):
 
     def ensures(self, module: GraphModule, result: Outlined, *inputs: object) -> None:
         """As many bodies and calls as the result says, and no call is given one value twice."""
-        own = [node for node in _calls(module.graph) if _is_own(node)]
+        own = [node for node in calls_in(module.graph) if _is_own(node)]
         found = [len(list(group)) for _, group in itertools.groupby(sorted(str(node.args[1]) for node in own))]
         if sorted(found) != sorted(result.calls):
             raise PostconditionError(f"bodies have {found} calls in the graph instead of {list(result.calls)}")
@@ -113,11 +113,13 @@ class OutlineLayers(Pass):
 def calls_only_bodies(module: GraphModule) -> bool:
     """Whether every graph that is called in ``module``, itself or from within, is one that this pass has made."""
     graphs = (part.graph for part in module.modules() if isinstance(part, GraphModule))
-    return all(map(_is_own, itertools.chain.from_iterable(map(_calls, graphs))))
+    return all(map(_is_own, itertools.chain.from_iterable(map(calls_in, graphs))))
 
 
-def _calls(graph: Graph) -> list[Node]:
-    return [node for node in graph.nodes if node.target is _compat.invoke_subgraph()]
+def calls_in(graph: Graph) -> list[Node]:
+    """The calls of other graphs, in order."""
+    called = _compat.invoke_subgraph()
+    return [] if called is None else list(graph.find_nodes(op="call_function", target=called))
 
 
 def _is_own(call: Node) -> bool:
