@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import functools
 import hashlib
 import importlib.abc
@@ -377,11 +378,21 @@ def uses_cpp_wrapper(options: Any) -> bool:
     return bool((options or {}).get("cpp_wrapper", config.cpp_wrapper))
 
 
-def compile_cpp(source: str) -> Any:
-    """The functions of a C++ source, as ``ctypes`` calls them, compiled and cached as Inductor's own kernels are."""
+def compile_cpp(source: str) -> ctypes.PyDLL:
+    """The functions of a C++ source, compiled and cached as Inductor's own kernels are.
+
+    They are called with the lock of the interpreter, and may take what it has for arguments.
+    """
     from torch._inductor.codecache import CppCodeCache
 
-    return CppCodeCache.load(source, extra_flags=("-ftree-loop-vectorize", "-ffp-contract=fast"))
+    library = CppCodeCache.load(source, extra_flags=("-ftree-loop-vectorize", "-ffp-contract=fast"))
+    return ctypes.PyDLL(library._name)
+
+
+def tensor_data_function() -> int:
+    """The address of a C function from a tensor, as Python has it, to its data; Inductor's own kernels use it."""
+    guards: Any = torch._C._dynamo.guards
+    return int(guards._torchinductor_pyobject_tensor_data_ptr)
 
 
 def inductor_compile(

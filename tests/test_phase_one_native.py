@@ -9,6 +9,7 @@ import torch
 from models import relative_error
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnres_rewrite import _compat
 from attnres_rewrite.forms.summed_gradients import sum_in_phase_one
@@ -16,6 +17,7 @@ from attnres_rewrite.ops import attend_blocks_cpp, attend_blocks_native
 
 ATTEND = torch.ops.attnres.attend_blocks
 NATIVE = torch.ops.attnres.attend_blocks_native
+FORWARD = torch.ops.attnres.attend_blocks_native_forward
 BACKWARD = torch.ops.attnres.attend_blocks_native_backward
 SETTINGS = 1e-6, 0.7
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -106,7 +108,28 @@ def test_blocks_that_are_not_contiguous() -> None:
 
 
 def test_what_torch_asks_of_an_operator() -> None:
-    torch.library.opcheck(NATIVE.default, (*given(2, 2), *SETTINGS))
+    tensors = given(2, 2)
+    torch.library.opcheck(NATIVE.default, (*tensors, *SETTINGS))
+    torch.library.opcheck(FORWARD.default, (*[[t.detach() for t in part] for part in tensors], *SETTINGS))
+
+
+def test_autograd_is_done_when_inductor_calls() -> None:
+    """A compiled graph does not go through it, in Python, at every call."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    tensors = [[t.detach() for t in part] for part in given(2, 2)]
+    traced = make_fx(lambda *t: NATIVE(*t, *SETTINGS), decomposition_table=select_decomp_table())(*tensors)
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert FORWARD.default in called
+    assert NATIVE.default not in called
+    assert all(map(torch.equal, traced(*tensors), NATIVE(*tensors, *SETTINGS)))
+
+
+def test_what_is_no_tensor_is_an_error() -> None:
+    functions = attend_blocks_cpp.library(torch.float32)
+    vectors = [torch.ones(8)], []
+    with pytest.raises(RuntimeError, match="tensor"):
+        functions.attend_lists(["a block"], *vectors, [torch.ones(2, 8)], [torch.ones(2)], 2, 8, 1, *SETTINGS)
 
 
 def test_without_a_compiler(no_compiler, caplog) -> None:

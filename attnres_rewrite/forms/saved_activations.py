@@ -38,7 +38,7 @@ def recompute_results(graph: Graph) -> None:
     take_operands_from_outside(graph)
     sum_in_phase_one(graph)
     keep_sums(graph)
-    for node in graph.find_nodes(op="call_function", target=torch.ops.attnres.attend_blocks_native.default):
+    for node in graph.find_nodes(op="call_function", target=torch.ops.attnres.attend_blocks_native_forward.default):
         # One kernel for all its results: the partitioner takes a part of them only together with the rest.
         for part in (node, *node.users):
             part.meta.update(_compat.recompute_tag())

@@ -1,10 +1,11 @@
 // Phase one of the two-phase schedule for any number n of blocks and S of reads; attend_blocks.py has the equations.
 // A block is `rows` rows of `width` values of type T; arithmetic is in A. Whoever compiles this defines BLOCK and
-// ARITHMETIC, so that there is one library a type of blocks.
+// ARITHMETIC, so that there is one library a type of blocks; what Python calls is in attend_blocks_python.cpp.
 //
 // A row is in the nearest cache when it is used again, so what counts is how often a value is loaded from there: four dot
-// products, or four sums of weighted vectors, are made together, with what they add up in registers. Where it is used
-// first, the same place of the next row is asked for: what reads ahead in a processor does not follow rows of many blocks.
+// products, or four sums of weighted vectors, are made together, with what they add up in registers. Where memory is used
+// first, read or written, the same place of the next row is asked for: what reads ahead in a processor does not follow the
+// rows of many blocks.
 
 #include <omp.h>
 
@@ -233,7 +234,9 @@ void forward(const Sizes& z, const void* const* blocks, const A* queries, void* 
       rows.load(row, x.data());
       scores.compute(x.data(), nullptr);
       combine(x.data(), z.n, scores.weights.data(), z.reads, z.width, [=](int64_t s, int64_t d, const auto& value) {
-        store(static_cast<T*>(mixed[s]) + row * z.width + d, value);
+        T* to = static_cast<T*>(mixed[s]) + row * z.width + d;
+        __builtin_prefetch(to + z.width, 1);
+        store(to, value);
       });
       for (int64_t s = 0; s < z.reads; ++s) log_sums[s][row] = scores.log_sums[s];
     }
@@ -293,38 +296,43 @@ void backward(const Sizes& z, const void* const* blocks, const A* queries, const
               [&](int64_t k, int64_t d, const auto& value) {
                 using V = std::decay_t<decltype(value)>;
                 const int64_t i = wanted[k], at = row * z.width + d;
+                T* to = static_cast<T*>(d_blocks[i]) + at;
+                __builtin_prefetch(to + z.width, 1);
                 V found = value - on_row[i] * load_as<V>(x[i] + d);
-                if (added[i]) found += load_as<V>(static_cast<const T*>(added[i]) + at);
-                store(static_cast<T*>(d_blocks[i]) + at, found);
+                if (added[i]) {
+                  const T* more = static_cast<const T*>(added[i]) + at;
+                  __builtin_prefetch(more + z.width);
+                  found += load_as<V>(more);
+                }
+                store(to, found);
               });
     }
   }
 }
 
-}  // namespace
-
 // `gains` is null where there are none.
-extern "C" void attend(const Sizes* z, const void* const* blocks, const A* const* queries, const A* const* gains,
-                       void* const* mixed, A* const* log_sums) {
-  forward(*z, blocks, folded(*z, queries, gains).data(), mixed, log_sums);
+void attend(const Sizes& z, const void* const* blocks, const A* const* queries, const A* const* gains,
+            void* const* mixed, A* const* log_sums) {
+  forward(z, blocks, folded(z, queries, gains).data(), mixed, log_sums);
 }
 
 // `d_queries` is null where no gradients of vectors are wanted; `d_gains` is read where there are gains.
-extern "C" void attend_backward(const Sizes* z, const void* const* blocks, const A* const* queries,
-                                const A* const* gains, const void* const* d_mixed, const A* const* d_log_sums,
-                                const void* const* added, void* const* d_blocks, A* const* d_queries,
-                                A* const* d_gains) {
-  const int64_t size = z->reads * z->width;
-  std::vector<A> d_folded(d_queries ? z->threads * size : 0);
+void attend_backward(const Sizes& z, const void* const* blocks, const A* const* queries, const A* const* gains,
+                     const void* const* d_mixed, const A* const* d_log_sums, const void* const* added,
+                     void* const* d_blocks, A* const* d_queries, A* const* d_gains) {
+  const int64_t size = z.reads * z.width;
+  std::vector<A> d_folded(d_queries ? z.threads * size : 0);
   A* const to = d_queries ? d_folded.data() : nullptr;
-  backward(*z, blocks, folded(*z, queries, gains).data(), d_mixed, d_log_sums, added, d_blocks, to);
+  backward(z, blocks, folded(z, queries, gains).data(), d_mixed, d_log_sums, added, d_blocks, to);
   if (!d_queries) return;
-  for (int64_t thread = 1; thread < z->threads; ++thread)
+  for (int64_t thread = 1; thread < z.threads; ++thread)
     for (int64_t i = 0; i < size; ++i) to[i] += to[thread * size + i];
-  for (int64_t s = 0; s < z->reads; ++s)
-    for (int64_t d = 0; d < z->width; ++d) {
-      const A found = to[s * z->width + d];
+  for (int64_t s = 0; s < z.reads; ++s)
+    for (int64_t d = 0; d < z.width; ++d) {
+      const A found = to[s * z.width + d];
       d_queries[s][d] = gains ? found * gains[s][d] : found;
       if (gains) d_gains[s][d] = found * queries[s][d];
     }
 }
+
+}  // namespace

@@ -15,7 +15,7 @@ from torch import Tensor
 from attnres_rewrite import _compat
 from attnres_rewrite.ops.arithmetic import compute_dtype
 
-_SOURCE = Path(__file__).parent / "attend_blocks.cpp"
+_SOURCES = [Path(__file__).parent / name for name in ("attend_blocks.cpp", "attend_blocks_python.cpp")]
 # How C++ spells the dtype of the blocks and of the arithmetic, and the header that it takes.
 _TYPES = {
     torch.float32: ("float", "float", ""),
@@ -23,17 +23,10 @@ _TYPES = {
     torch.bfloat16: ("c10::BFloat16", "float", "#include <c10/util/BFloat16.h>\n"),
     torch.float16: ("c10::Half", "float", "#include <c10/util/Half.h>\n"),
 }
+# After the lists of tensors: rows, width, threads, eps, scale.
+_NUMBERS: list[Any] = [*(ctypes.c_int64,) * 3, *(ctypes.c_double,) * 2]
 
 _logger = logging.getLogger(__name__)
-
-
-class _Sizes(ctypes.Structure):
-    """``Sizes`` of the source."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("n", "reads", "rows", "width", "threads")),
-        *((name, ctypes.c_double) for name in ("eps", "scale")),
-    )
 
 
 def library(dtype: torch.dtype) -> Any:
@@ -44,9 +37,10 @@ def library(dtype: torch.dtype) -> Any:
 @functools.cache
 def _library(dtype: torch.dtype) -> Any:
     block, arithmetic, header = _TYPES[dtype]
-    source = f"{header}#define BLOCK {block}\n#define ARITHMETIC {arithmetic}\n{_SOURCE.read_text()}"
+    sources = "".join(path.read_text() for path in _SOURCES)
     try:
-        return _compat.compile_cpp(source)
+        functions = _compat.compile_cpp(f"{header}#define BLOCK {block}\n#define ARITHMETIC {arithmetic}\n{sources}")
+        functions.find_data_with(ctypes.c_int64(_compat.tensor_data_function()))
     except Exception as error:
         # Whatever keeps it from being compiled, there is another way.
         _logger.warning(
@@ -55,6 +49,9 @@ def _library(dtype: torch.dtype) -> Any:
             next(iter(str(error).splitlines()), repr(error)),
         )
         return None
+    for function, lists in ((functions.attend_lists, 5), (functions.attend_backward_lists, 9)):
+        function.argtypes, function.restype = [ctypes.py_object] * lists + _NUMBERS, None
+    return functions
 
 
 def attend(
@@ -69,18 +66,11 @@ def attend(
         eps: Of the norms.
         scale: Of the logits.
     """
-    first = blocks[0]
-    q, g = _in_arithmetic(first, queries), _in_arithmetic(first, gains)
+    first, wide = blocks[0], compute_dtype(blocks[0])
+    q, g = _in_arithmetic(queries, wide), _in_arithmetic(gains, wide)
     mixed = [torch.empty_like(first) for _ in queries]
-    log_sums = [q[0].new_empty((*first.shape[:-1], 1)) for _ in queries]
-    library(first.dtype).attend(
-        _sizes(blocks, len(queries), eps, scale),
-        _pointers(blocks),
-        _pointers(q),
-        _pointers(g),
-        _pointers(mixed),
-        _pointers(log_sums),
-    )
+    log_sums = [first.new_empty((*first.shape[:-1], 1), dtype=wide) for _ in queries]
+    library(first.dtype).attend_lists(list(blocks), q, g, mixed, log_sums, *_sizes(first), eps, scale)
     return mixed, log_sums
 
 
@@ -111,36 +101,19 @@ def attend_backward(
         eps: Of the norms.
         scale: Of the logits.
     """
-    q, g = _in_arithmetic(blocks[0], queries), _in_arithmetic(blocks[0], gains)
-    d_vectors = [torch.empty_like(vector) for vector in (*q, *g)] if want_vectors else []
-    library(blocks[0].dtype).attend_backward(
-        _sizes(blocks, len(queries), eps, scale),
-        _pointers(blocks),
-        _pointers(q),
-        _pointers(g),
-        _pointers(d_mixed),
-        _pointers(d_log_sums),
-        _pointers(added),
-        _pointers(d_blocks),
-        _pointers(d_vectors[: len(q)]),
-        _pointers(d_vectors[len(q) :]),
-    )
-    return [found.to(vector.dtype) for found, vector in zip(d_vectors, (*queries, *gains), strict=False)]
+    first = blocks[0]
+    q, g = (_in_arithmetic(vectors, compute_dtype(first)) for vectors in (queries, gains))
+    d_q, d_g = ([torch.empty_like(vector) for vector in vectors] if want_vectors else [] for vectors in (q, g))
+    lists = map(list, (blocks, q, g, d_mixed, d_log_sums, added, d_blocks, d_q, d_g))
+    library(first.dtype).attend_backward_lists(*lists, *_sizes(first), eps, scale)
+    return [d if d.dtype == v.dtype else d.to(v.dtype) for d, v in zip(d_q + d_g, (*queries, *gains), strict=False)]
 
 
-def _in_arithmetic(block: Tensor, vectors: Sequence[Tensor]) -> list[Tensor]:
-    dtype = compute_dtype(block)
-    return [vector.to(dtype) for vector in vectors]
+def _in_arithmetic(vectors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [vector if vector.dtype == dtype else vector.to(dtype) for vector in vectors]
 
 
-def _sizes(blocks: Sequence[Tensor], reads: int, eps: float, scale: float) -> Any:
-    width = blocks[0].shape[-1]
-    rows = blocks[0].numel() // width if width else 0
-    return ctypes.byref(_Sizes(len(blocks), reads, rows, width, torch.get_num_threads(), eps, scale))
-
-
-def _pointers(tensors: Sequence[Tensor | None]) -> Any:
-    """Addresses as an array; null if there are none."""
-    if not tensors:
-        return None
-    return (ctypes.c_void_p * len(tensors))(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
+def _sizes(block: Tensor) -> tuple[int, int, int]:
+    """Rows, width, and the number of threads."""
+    width = block.shape[-1]
+    return block.numel() // width if width else 0, width, torch.get_num_threads()

@@ -6,6 +6,9 @@ layers that are compiled once most of what is compiled. This operator is not exp
 blocks as a number. For blocks of several dtypes, and where there is no compiler, it does what ``attend_blocks`` does
 eagerly.
 
+Inductor calls ``attend_blocks_native_forward``, which is what is left of it when autograd is done: what autograd does
+in Python at every call, for nothing in a compiled graph, took as long as half of phase one of a small model.
+
 Its backward can add what the gradients of the blocks are added to in any case, ``added``: a block that n groups of
 reads attend over has a gradient of n terms, so that their sum would be another kernel for every block.
 """
@@ -24,10 +27,12 @@ from attnres_rewrite import _compat
 from attnres_rewrite.ops import attend_blocks, attend_blocks_cpp, attend_blocks_expanded
 from attnres_rewrite.ops.arithmetic import compute_dtype, refuse_tangents
 
-_FORWARD, _BACKWARD = "attnres::attend_blocks_native", "attnres::attend_blocks_native_backward"
+_NATIVE = "attnres::attend_blocks_native"
+_FORWARD, _BACKWARD = f"{_NATIVE}_forward", f"{_NATIVE}_backward"
 
 # `added` has a tensor for every flag in `added_to`, of which there is one a block.
-torch.library.define(_FORWARD, f"({attend_blocks.INPUTS}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+for _name in (_NATIVE, _FORWARD):
+    torch.library.define(_name, f"({attend_blocks.INPUTS}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
 torch.library.define(
     _BACKWARD,
     f"(Tensor[] grads, {attend_blocks.INPUTS}, bool[] wanted, Tensor[] added, bool[] added_to) -> Tensor[]",
@@ -70,17 +75,25 @@ def usable(blocks: Sequence[Tensor], queries: Sequence[Tensor], gains: Sequence[
     return None if mixed or compute_dtype(*blocks, *queries, *gains) != wide else _implementation(blocks)
 
 
+def _native(
+    blocks: Sequence[Tensor], queries: Sequence[Tensor], gains: Sequence[Tensor], eps: float, scale: float
+) -> list[Tensor]:
+    attend_blocks_expanded.check_reads(blocks, queries, gains)
+    refuse_tangents("attend_blocks_native", *blocks, *queries, *gains)
+    return _forward(blocks, queries, gains, eps, scale)
+
+
 def _forward(
     blocks: Sequence[Tensor], queries: Sequence[Tensor], gains: Sequence[Tensor], eps: float, scale: float
 ) -> list[Tensor]:
     if (functions := usable(blocks, queries, gains)) is None:
         return attend_blocks.forward(blocks, queries, gains, eps, scale)
-    attend_blocks_expanded.check_reads(blocks, queries, gains)
-    refuse_tangents("attend_blocks_native", *blocks, *queries, *gains)
-    blocks, queries, gains = ([tensor.contiguous() for tensor in given] for given in (blocks, queries, gains))
-    with torch.autocast(blocks[0].device.type, enabled=False):
-        mixed, log_sums = functions.attend(blocks, queries, gains, eps, scale)
+    mixed, log_sums = functions.attend(*map(_contiguous, (blocks, queries, gains)), eps, scale)
     return [*mixed, *log_sums]
+
+
+def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in tensors]
 
 
 def _backward(
@@ -105,21 +118,20 @@ def _backward(
         sums = [d if tensor is None else d + tensor for d, tensor in zip(found[: len(more)], more, strict=True)]
         return sums + found[len(more) :]
     refuse_tangents("attend_blocks_native_backward", *grads, *blocks, *queries, *gains)
-    blocks, queries, gains = ([tensor.contiguous() for tensor in given] for given in (blocks, queries, gains))
+    blocks, queries, gains = map(_contiguous, (blocks, queries, gains))
     d_blocks = [torch.empty_like(block) if want else None for block, want in zip(blocks, wanted[:n], strict=True)]
-    with torch.autocast(blocks[0].device.type, enabled=False):
-        on_vectors = functions.attend_backward(
-            blocks,
-            queries,
-            gains,
-            [grad.to(blocks[0].dtype).contiguous() for grad in grads[:reads]],
-            [grad.to(compute_dtype(*blocks)).contiguous() for grad in grads[reads:]],
-            [None if tensor is None else tensor.to(blocks[0].dtype).contiguous() for tensor in of_block],
-            d_blocks,
-            want_vectors=any(wanted[n:]),
-            eps=eps,
-            scale=scale,
-        )
+    on_vectors = functions.attend_backward(
+        blocks,
+        queries,
+        gains,
+        [grad.to(blocks[0].dtype).contiguous() for grad in grads[:reads]],
+        [grad.to(compute_dtype(*blocks)).contiguous() for grad in grads[reads:]],
+        [None if tensor is None else tensor.to(blocks[0].dtype).contiguous() for tensor in of_block],
+        d_blocks,
+        want_vectors=any(wanted[n:]),
+        eps=eps,
+        scale=scale,
+    )
     asked = [grad for grad, want in zip(on_vectors, wanted[n:], strict=False) if want]
     return [tensor for tensor in d_blocks if tensor is not None] + asked
 
@@ -136,8 +148,13 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     return attend_blocks.differentiate(ctx, grads, find)
 
 
+torch.library.impl(_NATIVE, "CompositeExplicitAutograd", _native)
 torch.library.impl(_FORWARD, "CompositeExplicitAutograd", _forward)
 torch.library.impl(_BACKWARD, "CompositeExplicitAutograd", _backward)
-torch.library.register_fake(_FORWARD, attend_blocks.fake_forward)
+for _name in (_NATIVE, _FORWARD):
+    torch.library.register_fake(_name, attend_blocks.fake_forward)
 torch.library.register_fake(_BACKWARD, _fake_backward)
-torch.library.register_autograd(_FORWARD, _differentiate, setup_context=attend_blocks.setup_context)
+torch.library.register_autograd(_NATIVE, _differentiate, setup_context=attend_blocks.setup_context)
+_compat.register_inductor_decomposition(
+    torch.ops.attnres.attend_blocks_native.default, torch.ops.attnres.attend_blocks_native_forward.default
+)
