@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import mpmath
+
 Found = Mapping[str, Any]
 
 
@@ -19,8 +21,9 @@ def summary(runs: Sequence[Found]) -> dict[str, Any]:
         the best; ``seeds``, how many ran at it; ``validation`` and ``test``, mean and standard deviation over them, in
         nats a byte; ``curve``, tokens and mean validation loss; ``looks`` of the first that has any. Beside the plain
         model, seed by seed: ``difference``, mean and standard deviation of the test loss minus the plain model's;
-        ``tokens_to_plain``, which part of the tokens the validation loss took to fall to the plain model's last, a
-        seed each, None where it did not.
+        ``p``, how often seeds that make no difference would give one as large in either direction (a paired t-test),
+        None where there are no two seeds or they all differ alike; ``tokens_to_plain``, which part of the tokens the
+        validation loss took to fall to the plain model's last, a seed each, None where it did not.
     """
     names = list(dict.fromkeys(_name(run) for run in runs))
     rates = {name: _rates([run for run in runs if _name(run) == name]) for name in names}
@@ -74,8 +77,10 @@ def _of_seeds(runs: Mapping[int, Found]) -> dict[str, Any]:
 
 def _beside(plain: Mapping[int, Found], runs: Mapping[int, Found]) -> dict[str, Any]:
     both = sorted(plain.keys() & runs.keys())
+    differences = [runs[seed]["test"] - plain[seed]["test"] for seed in both]
     return {
-        "difference": _spread([runs[seed]["test"] - plain[seed]["test"] for seed in both]),
+        "difference": _spread(differences),
+        "p": _paired_t_test(differences),
         "tokens_to_plain": [_part_to_reach(runs[seed], plain[seed]["validation"]) for seed in both],
     }
 
@@ -86,6 +91,15 @@ def _spread(values: Sequence[float]) -> list[float | None]:
         return [None, None]
     deviation = round(statistics.stdev(values), 5) if len(values) > 1 else None
     return [round(statistics.fmean(values), 5), deviation]
+
+
+def _paired_t_test(differences: Sequence[float]) -> float | None:
+    """The two-sided p-value of a mean of zero, by Student's distribution (Abramowitz and Stegun, 26.5.27)."""
+    if len(differences) < 2 or (deviation := statistics.stdev(differences)) == 0:
+        return None
+    free = len(differences) - 1
+    t = statistics.fmean(differences) / deviation * math.sqrt(len(differences))
+    return round(float(mpmath.betainc(free / 2, 0.5, 0, free / (free + t * t), regularized=True)), 4)
 
 
 def _part_to_reach(run: Found, loss: float) -> float | None:
@@ -105,13 +119,14 @@ def tables(summaries: Mapping[str, Mapping[str, Any]]) -> str:
         lines += [
             f"**{size}**",
             "",
-            "| | best rate | seeds | test loss | against plain | tokens to plain's loss |",
-            "|---|---|---|---|---|---|",
+            "| | best rate | seeds | test loss | against plain | p | tokens to plain's loss |",
+            "|---|---|---|---|---|---|---|",
         ]
         for name, entry in contestants.items():
+            p = "–" if entry["p"] is None else f"{entry['p']:.3f}"
             lines.append(
                 f"| {name} | {entry['rate']:g} | {entry['seeds']} | {_text(entry['test'])} | "
-                f"{_text(entry['difference'], '+')} | {_parts(entry['tokens_to_plain'])} |"
+                f"{_text(entry['difference'], '+')} | {p} | {_parts(entry['tokens_to_plain'])} |"
             )
         lines.append("")
     return "\n".join(lines)

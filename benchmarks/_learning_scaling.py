@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping
@@ -36,6 +37,7 @@ def scaling(summaries: Summaries) -> dict[str, dict[str, Any]]:
     Returns:
         By contestant that has a loss in three sizes which the plain model has too: ``sizes``, the smallest first;
         ``factor`` and ``exponent``; ``off``, the largest deviation of a size from the law, as a part of its loss;
+        ``exponents``, those from each size to the next, of which a law has one;
         ``exponent_of_plain`` over the same sizes; ``plain_needs``, how many times its compute at the largest size the
         plain model would need for the same loss, by the two laws.
     """
@@ -52,6 +54,10 @@ def scaling(summaries: Summaries) -> dict[str, dict[str, Any]]:
         found[name] = {
             "sizes": sizes,
             **{key: float(f"{value:.5g}") for key, value in law.items()},
+            "exponents": [
+                float(f"{_fit({size: mine[size] for size in pair})['exponent']:.4g}")
+                for pair in itertools.pairwise(sizes)
+            ],
             "exponent_of_plain": float(f"{plain['exponent']:.5g}"),
             "plain_needs": round(needed / largest, 4) if math.isfinite(needed) else None,
         }
@@ -82,13 +88,13 @@ def scaling_text(summaries: Summaries, found: Mapping[str, Mapping[str, Any]]) -
     if not found:
         return f"Loss against compute: runs of {', '.join(sizes) or 'no size'}. An exponent takes {FEWEST} sizes.\n"
     lines = [
-        "| | sizes | exponent | of plain | largest deviation | compute that plain needs |",
-        "|---|---|---|---|---|---|",
+        "| | sizes | exponent | of plain | from size to size | largest deviation | compute that plain needs |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, law in found.items():
         needs = "–" if law["plain_needs"] is None else f"{law['plain_needs']:.2f}x"
-        figures = f"{law['exponent']:.4f} | {law['exponent_of_plain']:.4f} | {100 * law['off']:.1f}% | {needs}"
-        lines.append(f"| {name} | {', '.join(law['sizes'])} | {figures} |")
+        exponents = f"{law['exponent']:.4f} | {law['exponent_of_plain']:.4f} | {', '.join(map(str, law['exponents']))}"
+        lines.append(f"| {name} | {', '.join(law['sizes'])} | {exponents} | {100 * law['off']:.1f}% | {needs} |")
     lengths = {SIZES[size].length for law in found.values() for size in law["sizes"]}
     if len(lengths) > 1:
         lines += ["", f"The windows of these sizes have {sorted(lengths)} bytes: a longer one is easier to predict."]

@@ -1,8 +1,10 @@
 """`benchmarks/learning.py`: a tiny study runs to its end, goes on where it was, and counts what it says it counts."""
 
 import json
+import math
 import re
 import shutil
+import statistics
 import sys
 import tarfile
 from pathlib import Path
@@ -59,8 +61,21 @@ def test_every_contestant_is_judged_at_its_own_best_rate_seed_by_seed(learning):
     assert found["mean-2"]["difference"] == pytest.approx([(2.0 - 2.5 + 3.0 - 2.9) / 2, 0.42426], abs=1e-5)
     # From 3.0 at 100 tokens to 1.0 at 200: 2.0 is reached at 150 of 300. The other seed never comes to 2.2.
     assert found["mean-2"]["tokens_to_plain"] == [0.5, None]
-    row = "| mean-2 | 0.002 | 2 | 2.5000 ± 0.7071 | -0.2000 ± 0.4243 | 50%, never |"
+    row = "| mean-2 | 0.002 | 2 | 2.5000 ± 0.7071 | -0.2000 ± 0.4243 | 0.626 | 50%, never |"
     assert row in learning.tables({"quick": found})
+
+
+@pytest.mark.parametrize(
+    ("t", "seeds", "p"), [(12.706, 2, 0.05), (4.303, 3, 0.05), (-2.776, 5, 0.05), (4.604, 5, 0.01)]
+)
+def test_p_is_that_of_the_tables_of_students_distribution(learning, t, seeds, p):
+    """Runs whose differences have such a t; the critical values are those printed in any table."""
+    spread = [index - (seeds - 1) / 2 for index in range(seeds)]
+    mean = t * statistics.stdev(spread) / math.sqrt(seeds)
+    runs = [made_up("plain", 1e-3, seed, [2.0], 2.0) for seed in range(seeds)]
+    runs += [made_up("full", 1e-3, seed, [2.0], 2.0 + mean + off) for seed, off in enumerate(spread)]
+    assert learning.summary(runs)["full"]["p"] == pytest.approx(p, abs=1e-4)
+    assert learning.summary(runs)["plain"]["p"] is None
 
 
 @pytest.mark.parametrize(
@@ -140,7 +155,9 @@ def test_three_sizes_give_the_exponent_that_their_losses_have(learning, laws_of)
     largest = learning.laws.compute_of("5M", 10 * 192**2) / 1e15
     assert law["plain_needs"] == pytest.approx((2.0 / (1.9 * largest**-0.06)) ** (1 / 0.05) / largest, rel=1e-2)
     assert found["plain"]["plain_needs"] == 1.0
-    assert f"| mean-8 | 0.4M, 1.6M, 5M | 0.0600 | 0.0500 | 0.0% | {law['plain_needs']:.2f}x |" in printed
+    assert law["exponents"] == pytest.approx([0.06, 0.06], rel=1e-2)
+    between = ", ".join(map(str, law["exponents"]))
+    assert f"| mean-8 | 0.4M, 1.6M, 5M | 0.0600 | 0.0500 | {between} | 0.0% | {law['plain_needs']:.2f}x |" in printed
 
 
 def test_compute_is_that_of_matrices_and_attention(learning):
