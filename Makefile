@@ -112,6 +112,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/op.py
 	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/phase_one.py
 	$(BIN)/python benchmarks/schedule.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/checkpointing.py
