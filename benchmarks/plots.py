@@ -40,12 +40,12 @@ def draw_sizes() -> None:
         points = axes.errorbar(added, [y for y, _ in timed], xerr=ranges, fmt="o", label=kind, elinewidth=0.8)
         color = points.lines[0].get_color()
         axes.axvline(claim, color=color, linewidth=0.8, linestyle="--", label=f"the paper's claim for {kind}")
-    labels = ["{layers} layers, D {width}, {batch} x {length}".format(**size) for size in sizes]
+    labels = ["{layers} layers, D {width}, {batch} x {length}, {blocks} blocks".format(**size) for size in sizes]
     axes.set_yticks(range(len(sizes)), labels, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("added to the time of a step, %")
     axes.axvline(0, color="0.4", linewidth=0.8)
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False, loc="lower right")
     figure.savefig(IMAGES / "end_to_end.png", dpi=120)
 
 

@@ -64,11 +64,13 @@ def share_of(blocks: int, branches: Sequence[int], width: int, multiply_adds: in
     block, but its dot product and its weighted sum are computed for each. (Counting what comes from memory predicts the
     same measurements worse.) A layer is charged for its weights alone, two operations each, and not for attention.
 
-    The constant is the least-squares fit to the 26 inference ratios of ``benchmarks/results/end_to_end.json``, in
+    The constant is the least-squares fit to 26 inference ratios, ``benchmarks/results/end_to_end_inline.json``, in
     float32 on two CPU cores, weighted by rounds and spread. Mean cost by width, estimated and measured: 4.0% and 3.9%
-    (256), 1.9% and 1.8% (512), 1.0% and 1.2% (1024). Single sizes are 1.2 points off in the median, and move by one to
-    three from run to run. Fitted without one of the widths it is 7.4 to 7.7. A GPU computes more in the time of a byte,
-    so that sites cost a greater share there.
+    (256), 1.9% and 1.8% (512), 1.0% and 1.2% (1024). Single sizes are 1.2 points off in the median, and move by one
+    to three from run to run. Fitted without one of the widths it is 7.4 to 7.7. On another machine, with layers
+    compiled once (``end_to_end.json``), the figures are 1.9% and 1.9% (512), 0.9% and 0.8% (1024), but 3.9% and 4.8%
+    (256): there calls cost, and not bytes alone. A GPU computes more in the time of a byte, so that sites cost a
+    greater share there.
 
     Args:
         blocks: N.
