@@ -7,7 +7,8 @@ blocks as a number. For blocks of several dtypes, and where there is no compiler
 eagerly.
 
 Inductor calls ``attend_blocks_native_forward``, which is what is left of it when autograd is done: what autograd does
-in Python at every call, for nothing in a compiled graph, took as long as half of phase one of a small model.
+in Python at every call, for nothing in a compiled graph, takes a third of phase one of a small model
+(``benchmarks/phase_one.py``).
 
 Its backward can add what the gradients of the blocks are added to in any case, ``added``: a block that n groups of
 reads attend over has a gradient of n terms, so that their sum would be another kernel for every block.
