@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnres_rewrite import _compat
+from attnres_rewrite.forms.saved_activations import recompute_results
 from attnres_rewrite.forms.summed_gradients import sum_in_phase_one
 from attnres_rewrite.ops import attend_blocks_cpp, attend_blocks_native
 
@@ -123,6 +124,11 @@ def test_autograd_is_done_when_inductor_calls() -> None:
     assert FORWARD.default in called
     assert NATIVE.default not in called
     assert all(map(torch.equal, traced(*tensors), NATIVE(*tensors, *SETTINGS)))
+    # One kernel makes all results, so that the backward computes all of them again or none.
+    recompute_results(traced.graph)
+    (call,) = traced.graph.find_nodes(op="call_function", target=FORWARD.default)
+    assert len(call.users) == 4
+    assert all(node.meta.get("recompute") for node in (call, *call.users))
 
 
 def test_what_is_no_tensor_is_an_error() -> None:
