@@ -5,8 +5,10 @@ They are those of the package ``hyper-connections``, which is a dependency of th
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
+import torch
 from hyper_connections import mc_get_init_and_expand_reduce_stream_functions
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -39,3 +41,10 @@ def use_hyper_connections(model: LlamaForCausalLM, streams: int) -> None:
         layers[i] = HyperLayer(layer, connect(layer_index=2 * i), connect(layer_index=2 * i + 1))
     layers[0].register_forward_pre_hook(lambda module, inputs: (expand(inputs[0]),))
     model.model.norm.register_forward_pre_hook(lambda module, inputs: (reduce(inputs[0]),))
+
+
+def compile_layers(model: LlamaForCausalLM, backend: str) -> None:
+    """Compile a layer, for all to use: to compile all of them in one graph takes more than seven minutes."""
+    forward = torch.compile(HyperLayer.forward, backend=backend, dynamic=False)
+    for layer in model.model.layers:
+        layer.forward = types.MethodType(forward, layer)

@@ -38,10 +38,21 @@ def new_model(contestant: str, size: Size, seed: int, weights: dict[str, Tensor]
     return model
 
 
-def build(contestant: str, size: Size, device: torch.device) -> tuple[LlamaForCausalLM, nn.Module]:
-    """The model, and what is called to run it."""
+def build(
+    contestant: str, size: Size, device: torch.device, *, in_one: bool = False
+) -> tuple[LlamaForCausalLM, nn.Module]:
+    """The model, and what is called to run it.
+
+    With ``in_one`` that is one graph for every contestant. Without, one with several streams is compiled by the layer:
+    its graph would take longer to compile than to train.
+    """
     model = new_model(contestant, size, 0).to(device)
     chosen = CONTESTANTS[contestant]
+    if contestant in STREAMS and not in_one:
+        from _hyper_connections import compile_layers
+
+        compile_layers(model, size.backend)
+        return model, model
     if chosen is None:
         return model, torch.compile(model, backend=size.backend, dynamic=False)  # type: ignore[return-value]
     example = {"input_ids": torch.zeros(2, size.length, dtype=torch.long, device=device)}
