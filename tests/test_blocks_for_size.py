@@ -104,7 +104,7 @@ def test_a_site_is_charged_for_every_source_but_the_running_sum() -> None:
     [
         ("end_to_end_inline.json", {256: 0.003, 512: 0.003, 1024: 0.003}),
         # Narrow models, whose layers are compiled once, pay for calls, which the estimate does not know of.
-        ("end_to_end.json", {256: 0.012, 512: 0.003, 1024: 0.003}),
+        ("end_to_end.json", {256: 0.012, 512: 0.003, 1024: 0.004}),
     ],
 )
 def test_the_estimate_is_what_was_measured_width_by_width(results: str, off: dict[int, float]) -> None:

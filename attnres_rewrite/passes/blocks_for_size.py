@@ -68,7 +68,7 @@ def share_of(blocks: int, branches: Sequence[int], width: int, multiply_adds: in
     float32 on two CPU cores, weighted by rounds and spread. Mean cost by width, estimated and measured: 4.0% and 3.9%
     (256), 1.9% and 1.8% (512), 1.0% and 1.2% (1024). Single sizes are 1.2 points off in the median, and move by one
     to three from run to run. Fitted without one of the widths it is 7.4 to 7.7. On another machine, with layers
-    compiled once (``end_to_end.json``), the figures are 1.9% and 1.9% (512), 0.9% and 0.8% (1024), but 3.9% and 4.8%
+    compiled once (``end_to_end.json``), the figures are 1.9% and 1.9% (512), 1.0% and 0.6% (1024), but 3.9% and 4.8%
     (256): there calls cost, and not bytes alone. A GPU computes more in the time of a byte, so that sites cost a
     greater share there.
 
