@@ -50,9 +50,34 @@ HigherOrderOperator = torch._ops.HigherOrderOperator
 Convolution = torch.nn.modules.conv._ConvNd
 
 
+def schemas_of(target: object) -> tuple[Any, ...]:
+    """The schemas of an operator: one of an overload, all of one that Python has yet to choose from; else none."""
+    if isinstance(target, torch._ops.OpOverload):
+        return (schema_of(target),)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return tuple(schema_of(getattr(target, name)) for name in target.overloads())
+    return ()
+
+
 def schema_of(operator: torch._ops.OpOverload) -> Any:
     """The arguments and returns of an operator, and which of them share memory or are written."""
     return operator._schema
+
+
+def is_triton_kernel(target: object) -> bool:
+    """Whether this is the operator that Dynamo captures the launch of a kernel of the user's as."""
+    return isinstance(target, HigherOrderOperator) and target.name() == "triton_kernel_wrapper_mutation"
+
+
+def written_by_kernel(**given: Any) -> list[str]:
+    """The names of the tensors that such a launch writes into, by Triton's code of the kernel.
+
+    Where that cannot be had PyTorch says all of them, and why in a warning.
+    """
+    from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors
+
+    launch = {name: value for name, value in given.items() if name != "grid"}
+    return get_mutated_tensors(**launch)
 
 
 def register_inductor_decomposition(op: torch._ops.OpOverload, decomposition: Callable[..., Any]) -> None:

@@ -61,6 +61,5 @@ def _extent(
     for node in nodes[start : max(index[term] for term in terms) + 1]:
         if any(source in computing for source in data_inputs(node)):
             computing.add(node)
-            if (overwritten := overwritten_by(node)) is not None and overwritten not in on_stream:
-                computing.add(overwritten)
+            computing.update(written for written in overwritten_by(node) if written not in on_stream)
     return Extent(stream, on_stream, frozenset(computing & feeding), frozenset(feeding))

@@ -19,22 +19,44 @@ from torch.fx import Graph, Node
 from attnres_rewrite import _compat
 from attnres_rewrite.graph.nodes import FRESH, op_name, submodule_of, value_of
 
+# Where a node keeps the names of what its kernel writes.
+_WRITTEN = "attnres_written_by_kernel"
 _IN_PLACE_OPERATORS = frozenset("iadd isub imul itruediv ifloordiv imod ipow iand ior ixor imatmul".split())
 # They return their argument itself where they drop nothing; on fake tensors they return another one.
 _PASS_ON = frozenset("dropout alpha_dropout feature_dropout identity".split())
 
 
-def overwritten_by(node: Node) -> Node | None:
-    """The node whose tensor ``node`` changes in place, if it does so."""
-    if isinstance(node.target, _compat.Overload):
-        return next((value for argument, value in _arguments(node) if _writes(argument)), None)
+def overwritten_by(node: Node) -> tuple[Node, ...]:
+    """The nodes whose tensors ``node`` changes in place."""
+    if schemas := _compat.schemas_of(node.target):
+        # Where Python is to choose one of several, it writes into what any of them would.
+        written = (value for schema in schemas for argument, value in _arguments(node, schema) if _writes(argument))
+        return tuple(dict.fromkeys(written))
+    if _compat.is_triton_kernel(node.target):
+        return _written_by_kernel(node)
     if node.op not in ("call_function", "call_method", "call_module"):
-        return None
+        return ()
     out = node.kwargs.get("out")
     if out is not None:
-        return next((n for n in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(n, Node)), None)
-    first = next((n for n in (*node.args[:1], node.kwargs.get("input")) if isinstance(n, Node)), None)
-    return first if _is_in_place(node) else None
+        return tuple(_nodes_in(out))
+    if not _is_in_place(node):
+        return ()
+    first = (*node.args[:1], *(node.kwargs[name] for name in ("input", "self") if name in node.kwargs))
+    return tuple(_nodes_in(first[0])) if first else ()
+
+
+def _written_by_kernel(node: Node) -> tuple[Node, ...]:
+    """What the launch of a Triton kernel writes into; found once, as the kernel is compiled halfway to see it."""
+    given: Any = node.kwargs["kwargs"]
+    if _WRITTEN not in node.meta:
+        values = {name: value_of(value) if isinstance(value, Node) else value for name, value in given.items()}
+        node.meta[_WRITTEN] = _compat.written_by_kernel(**{**node.kwargs, "kwargs": values})
+    return tuple(given[name] for name in node.meta[_WRITTEN] if isinstance(given[name], Node))
+
+
+def _nodes_in(given: Any) -> Iterator[Node]:
+    """The nodes of an argument that is one or a list of some."""
+    return (value for value in (given if isinstance(given, (tuple, list)) else [given]) if isinstance(value, Node))
 
 
 def _is_in_place(node: Node) -> bool:
@@ -64,14 +86,12 @@ def _signature(target: object) -> inspect.Signature | None:
     return inspect.signature(target) if inspect.isfunction(target) else None
 
 
-def _arguments(node: Node) -> Iterator[tuple[Any, Node]]:
+def _arguments(node: Node, schema: Any) -> Iterator[tuple[Any, Node]]:
     """The arguments in the schema of an operator, with every node that is given for one."""
-    assert isinstance(node.target, _compat.Overload)
-    for i, argument in enumerate(_compat.schema_of(node.target).arguments):
-        given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-        for value in given if isinstance(given, (tuple, list)) else [given]:
-            if isinstance(value, Node):
-                yield argument, value
+    for i, argument in enumerate(schema.arguments):
+        by_position = i < len(node.args) and not argument.kwarg_only
+        given = node.args[i] if by_position else node.kwargs.get(argument.name)
+        yield from ((argument, value) for value in _nodes_in(given))
 
 
 def _writes(argument: Any) -> bool:
@@ -84,12 +104,12 @@ def may_share(result: Node, source: Node) -> bool:
         return False
     if op_name(result) in _PASS_ON or _storages(result) & _storages(source):
         return True
-    if not isinstance(result.target, _compat.Overload):
-        return False
-    returned = {
-        name for r in _compat.schema_of(result.target).returns if r.alias_info is not None for name in _names(r)
-    }
-    return any(value is source and not returned.isdisjoint(_names(argument)) for argument, value in _arguments(result))
+    for schema in _compat.schemas_of(result.target):
+        returned = frozenset[str]().union(*map(_names, schema.returns))
+        given = (argument for argument, value in _arguments(result, schema) if value is source)
+        if any(not returned.isdisjoint(_names(argument)) for argument in given):
+            return True
+    return False
 
 
 def _names(argument: Any) -> frozenset[str]:
@@ -131,7 +151,7 @@ def writers_of(graph: Graph) -> dict[Node, list[Node]]:
                 first[representative(node)] = representative(source)
     writers: dict[Node, list[Node]] = collections.defaultdict(list)
     for node in graph.nodes:
-        if (overwritten := overwritten_by(node)) is not None:
-            writers[representative(overwritten)].append(node)
+        for base in dict.fromkeys(map(representative, overwritten_by(node))):
+            writers[base].append(node)
     shared = ((node, representative(node)) for node in graph.nodes)
     return {node: writers[base] for node, base in shared if base in writers}

@@ -267,7 +267,7 @@ def _apart(layer: Layer, like: Layer, extents: Sequence[Extent]) -> Node | None:
 
 def _live(graph: Graph) -> set[Node]:
     """The nodes that an output computes from, or what is written in place."""
-    live = {node for node in graph.nodes if node.op == "output" or overwritten_by(node) is not None}
+    live = {node for node in graph.nodes if node.op == "output" or overwritten_by(node)}
     pending = list(live)
     while pending:
         fresh = [source for source in pending.pop().all_input_nodes if source not in live]

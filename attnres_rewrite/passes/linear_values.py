@@ -113,7 +113,7 @@ class LinearValues:
             (self._extend, self._begin, self._add_bias), (match.addends, match.addends[::-1])
         ):
             outcome = attach(node, side, other)
-            if isinstance(outcome, Value) and overwritten_by(node) is not None:
+            if isinstance(outcome, Value) and overwritten_by(node):
                 self.shared.append(node)
                 self.rejected[node] = "it overwrites a tensor that something else shares"
                 self.inside.pop(self.values.pop(node), None)

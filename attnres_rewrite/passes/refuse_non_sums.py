@@ -154,7 +154,8 @@ def _overwriting(stream: ResidualStream, index: dict[Node, int]) -> Iterator[Nod
     for node, start, stop in kept:
         aliases = aliases_of(node)
         users = (user for alias in aliases for user in alias.users if user not in own)
-        yield from (user for user in users if overwritten_by(user) in aliases and start < index[user] < stop)
+        writing = (user for user in users if not aliases.isdisjoint(overwritten_by(user)))
+        yield from (user for user in writing if start < index[user] < stop)
 
 
 def _coupled(analysis: StreamAnalysis) -> Iterator[Node]:

@@ -66,9 +66,10 @@ class ResolveInplaceOps(Pass):
 
 def _overwritten(node: Node) -> Node | None:
     """What ``node`` overwrites as a whole, and returns."""
-    target = overwritten_by(node)
-    if target is None or not (is_float_tensor(target) and is_float_tensor(node)):
+    written = overwritten_by(node)
+    if len(written) != 1 or not (is_float_tensor(written[0]) and is_float_tensor(node)):
         return None
+    (target,) = written
     return target if same_shape(require_tensor(target), require_tensor(node)) else None
 
 

@@ -113,7 +113,7 @@ def nodes_between(start: Node, ends: Iterable[Node], index: Mapping[Node, int]) 
     """
     pending, leading = list(ends), set[Node]()
     last = max(pending, key=index.__getitem__)
-    writers = [node for node in _from(start, last) if overwritten_by(node) is not None]
+    writers = [node for node in _from(start, last) if overwritten_by(node)]
     while pending:
         while pending:
             node = pending.pop()
@@ -130,8 +130,7 @@ def nodes_between(start: Node, ends: Iterable[Node], index: Mapping[Node, int]) 
 
 def _written(node: Node) -> set[Node]:
     """The nodes whose memory ``node`` writes into."""
-    overwritten = overwritten_by(node)
-    return set() if overwritten is None else aliases_of(overwritten)
+    return set[Node]().union(*map(aliases_of, overwritten_by(node)))
 
 
 def why_it_stays(section: Section, index: Mapping[Node, int]) -> str | None:

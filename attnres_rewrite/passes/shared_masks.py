@@ -23,8 +23,8 @@ def share_masks(module: GraphModule) -> None:
     for node in module.graph.nodes:
         if op_name(node) == "scaled_dot_product_attention" and (mask := _mask_of(node)) is not None:
             sharing.setdefault((mask, require_tensor(node.all_input_nodes[0]).dtype), []).append(node)
-        if (target := overwritten_by(node)) is not None and isinstance(value := value_of(target), torch.Tensor):
-            written.add(_compat.storage_of(value))
+        values = map(value_of, overwritten_by(node))
+        written.update(_compat.storage_of(value) for value in values if isinstance(value, torch.Tensor))
     build = GraphBuilder(module)
     for (mask, dtype), attentions in sharing.items():
         # What is written to later is another mask for some.
