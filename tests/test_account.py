@@ -199,6 +199,22 @@ class Function(Block):
         return x + self.second(y)
 
 
+class Added(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor, f: Tensor) -> Tensor:
+        return x + f
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient
+
+
+class AddedByFunction(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = Added.apply(x, self.first(x))
+        return Added.apply(x, self.second(x))
+
+
 @torch.library.custom_op("attnres_tests::whole_layer", mutates_args=())
 def whole_layer(x: Tensor, weight: Tensor) -> Tensor:
     return x + x @ weight
@@ -241,6 +257,12 @@ def test_layers_that_hide_their_adds_are_refused(block: type[nn.Module], hidden:
         ar.rewrite(model, 2, example_inputs=X, backend="eager")
     assert f"module 'layers.{hidden[0]}" in str(raised.value)
     assert torch.equal(model(X), expected)
+
+
+def test_adds_in_functions_of_autograd_are_no_stream() -> None:
+    """Dynamo calls inputs of the functions' graphs ``getitem``, which they are not."""
+    with pytest.raises(ar.NoResidualStreamError, match="no residual stream was found"):
+        ar.explain(Stack(AddedByFunction, (0, 1, 2, 3)), 2, example_inputs=X)
 
 
 def test_the_second_net_says_which_layer_ran_without_an_add() -> None:

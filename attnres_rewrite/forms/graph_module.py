@@ -80,8 +80,8 @@ def _propagate(module: GraphModule, arguments: list[object]) -> None:
             except Exception as error:
                 text = str(error).splitlines()[0]
                 raise ExampleInputsError(
-                    f"the GraphModule does not run on the example inputs: at node {node.name} ({op_name(node)}), "
-                    f"{source_line(node)}: {text}"
+                    f"the GraphModule does not run on the example inputs: at node {node.name} "
+                    f"({op_name(node) or node.target}), {source_line(node)}: {text}"
                 ) from error
 
     try:

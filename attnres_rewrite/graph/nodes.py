@@ -67,7 +67,12 @@ def same_shape(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def op_name(node: Node) -> str:
-    """The operator's bare name in either dialect: ``add`` for ``operator.add`` and ``aten.add.Tensor``."""
+    """The operator's bare name in either dialect: ``add`` for ``operator.add`` and ``aten.add.Tensor``.
+
+    Empty for what is no call of an operator, such as an input, a parameter or a module: these may have any name.
+    """
+    if node.op not in ("call_function", "call_method"):
+        return ""
     target = node.target
     if isinstance(target, _compat.Overload):
         return str(target.overloadpacket.__name__)
@@ -84,7 +89,7 @@ def indices(graph: Graph) -> dict[Node, int]:
 
 def data_inputs(node: Node) -> Iterator[Node]:
     """The nodes whose tensor data ``node`` computes from. A query of shapes has none."""
-    if node.op == "placeholder" or op_name(node) in SHAPE_ONLY:
+    if op_name(node) in SHAPE_ONLY:
         return
     sources = node.args[:1] if op_name(node) in _LIKE_ANOTHER and node.args else node.all_input_nodes
     for source in sources:
@@ -197,7 +202,7 @@ def source_line(node: Node) -> str:
     frames = [frame for frame in _FRAME.findall(node.stack_trace or "") if not frame[0].startswith(_PACKAGE)]
     where = f"module {module_path(node) or '(root)'!r}"
     if not frames:
-        return f"{where}: node {node.name} ({op_name(node)})"
+        return f"{where}: node {node.name} ({op_name(node) or node.target})"
     file, line, _, code = frames[-1]
     return f"{where}: {file}:{line}: {code.strip()}"
 

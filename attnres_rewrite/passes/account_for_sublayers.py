@@ -123,7 +123,7 @@ def _is_state(base: Node, extent: Extent) -> bool:
 
 def _origin(base: Node) -> str:
     """Where the value that a sublayer is added to comes from."""
-    return f"what it adds to is the result of {op_name(base)} ({source_line(base)})"
+    return f"what it adds to is the result of {op_name(base) or base.target} ({source_line(base)})"
 
 
 def added_to(

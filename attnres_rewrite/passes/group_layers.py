@@ -15,6 +15,7 @@ from attnres_rewrite.graph.nodes import data_inputs, module_stack, op_name
 from attnres_rewrite.graph.weights import multiply_adds
 from attnres_rewrite.passes.base import Pass, PostconditionError
 from attnres_rewrite.passes.blocks_for_size import blocks_for_size
+from attnres_rewrite.patterns.operators import is_dropout
 from attnres_rewrite.streams import Branch, ResidualStream, StreamPlan
 
 _logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def _sublayer(stream: ResidualStream, branch: Branch, writers: Mapping[Node, Seq
         node = pending.pop(0)
         child = _child(stream.scope, module_stack(node))
         # One dropout after every sublayer says nothing of the layer.
-        if child is not None and op_name(node) != "dropout":
+        if child is not None and not is_dropout(node):
             inside = child.removeprefix(stream.scope + ".").split(".")
             index = next((i for i, part in enumerate(inside) if part.isdigit()), len(inside))
             return ".".join([*filter(None, [stream.scope]), *inside[: index + 1]])
@@ -157,7 +158,7 @@ def _signature(branch: Branch, values: frozenset[Node]) -> tuple[str, ...]:
     seen, names = set(pending), []
     while pending:
         node = pending.pop()
-        names.append(op_name(node) if node.op != "call_module" else "call_module")
+        names.append(op_name(node) or node.op)
         for source in data_inputs(node):
             if source not in seen and source not in values and source.op not in ("placeholder", "get_attr"):
                 seen.add(source)

@@ -58,7 +58,7 @@ def _is_view(node: Node) -> bool:
 
 
 def _copied_or_viewed(node: Node) -> Node | None:
-    name = op_name(node) if node.op in ("call_function", "call_method") else ""
+    name = op_name(node)
     source = node.args[0] if node.args else None
     if not isinstance(source, Node):
         return None

@@ -11,9 +11,10 @@ from typing import Any
 from torch.fx import Node
 
 from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.graph.nodes import data_inputs, module_path, op_name, require_tensor, source_line
+from attnres_rewrite.graph.nodes import data_inputs, module_path, require_tensor, source_line
 from attnres_rewrite.passes.reads_without_norm import reads_without_norm
 from attnres_rewrite.patterns import reads_of
+from attnres_rewrite.patterns.operators import is_dropout
 from attnres_rewrite.pipeline import Analysis
 from attnres_rewrite.report.data import SiteReport, StreamReport
 from attnres_rewrite.report.picture import picture
@@ -146,7 +147,7 @@ def _names(nodes: Iterable[Node]) -> tuple[str, ...]:
 def _name(node: Node) -> str:
     """The module that ``node`` runs in; in a graph that tells of none, the node."""
     # A dropout on what a module computes says nothing of it.
-    while op_name(node) == "dropout" and (sources := list(data_inputs(node))):
+    while is_dropout(node) and (sources := list(data_inputs(node))):
         node = sources[0]
     return "the output of the model" if node.op == "output" else module_path(node) or node.name
 
