@@ -738,6 +738,11 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def leaves(tree: Any) -> list[Any]:
+    """What is in nested lists, tuples and dictionaries, in order."""
+    return list(pytree.tree_leaves(tree))
+
+
 def tensors_in(tree: Any) -> list[torch.Tensor]:
     """The tensors in a nest of containers, in order."""
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

@@ -13,7 +13,7 @@ system takes a third of a step here, at no fixed time.
         [--steps training inference] [--rounds 1] [--forms plain regions inline once] [--turns N]
 
 Figures of the same settings that the file has already, of other layers or steps, are kept; so are forms that are not
-measured now, if it is one round.
+measured now, if it is one round, each with the environment that it was measured in.
 """
 
 from __future__ import annotations
@@ -194,9 +194,15 @@ def main() -> None:
         if old is not None:
             kept.remove(old)
             if len(new.get("rounds", ())) == len(old.get("rounds", ())) == 1:
-                new["rounds"] = [{**old["rounds"][0], **new["rounds"][0]}]
+                new["rounds"] = [{**with_environment(old), **new["rounds"][0]}]
         kept.append({"step": step, "sizes": sizes, "environment": environment(), **new})
         write_results(options.out, {"runs": kept})
+
+
+def with_environment(run: dict[str, Any]) -> dict[str, Any]:
+    """The figures of the only round of ``run``, each form with where it was measured: others will have another."""
+    where = {"environment": run["environment"]}
+    return {name: where | found if isinstance(found, dict) else found for name, found in run["rounds"][0].items()}
 
 
 def rounds_of(step: str, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from attnres_rewrite import _compat
-from attnres_rewrite.graph.nodes import FRESH, op_name, submodule_of, value_of
+from attnres_rewrite.graph.nodes import FRESH, bodies_of, op_name, submodule_of, value_of
 
 # Where a node keeps the names of what its kernel writes.
 _WRITTEN = "attnres_written_by_kernel"
@@ -34,6 +34,8 @@ def overwritten_by(node: Node) -> tuple[Node, ...]:
         return tuple(dict.fromkeys(written))
     if _compat.is_triton_kernel(node.target):
         return _written_by_kernel(node)
+    if isinstance(node.target, _compat.HigherOrderOperator):
+        return _written_by_bodies(node)
     if node.op not in ("call_function", "call_method", "call_module"):
         return ()
     out = node.kwargs.get("out")
@@ -52,6 +54,24 @@ def _written_by_kernel(node: Node) -> tuple[Node, ...]:
         values = {name: value_of(value) if isinstance(value, Node) else value for name, value in given.items()}
         node.meta[_WRITTEN] = _compat.written_by_kernel(**{**node.kwargs, "kwargs": values})
     return tuple(given[name] for name in node.meta[_WRITTEN] if isinstance(given[name], Node))
+
+
+def _written_by_bodies(node: Node) -> tuple[Node, ...]:
+    """What an operator that runs graphs writes into: the operands whose placeholders these write into."""
+    bodies = bodies_of(node)
+    if op_name(node) == "autograd_function_apply":
+        # The second is the backward, whose placeholders are gradients.
+        bodies = bodies[:1]
+    operands = _compat.leaves(node.args)
+    found: dict[Node, None] = {}
+    for body in bodies:
+        placeholders = list(body.graph.find_nodes(op="placeholder"))
+        # The operands come last, in the order of the placeholders.
+        given = dict(zip(reversed(placeholders), reversed(operands), strict=False))
+        written = (target for inner in body.graph.nodes for target in overwritten_by(inner))
+        memory = set[Node]().union(*map(aliases_of, written))
+        found |= dict.fromkeys(n for p, n in given.items() if p in memory and isinstance(n, Node))
+    return tuple(found)
 
 
 def _nodes_in(given: Any) -> Iterator[Node]:

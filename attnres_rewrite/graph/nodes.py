@@ -141,6 +141,13 @@ def depends_on(
     return False
 
 
+def bodies_of(node: Node) -> list[GraphModule]:
+    """The graphs that ``node`` is given to run, as a region that is compiled on its own or a branch of a condition."""
+    owner = node.graph.owning_module
+    given = (getattr(owner, str(source.target), None) for source in node.all_input_nodes if source.op == "get_attr")
+    return [body for body in given if isinstance(body, GraphModule)]
+
+
 def submodule_of(node: Node) -> torch.nn.Module | None:
     """The module that ``node`` calls, in a graph that calls modules."""
     if node.op != "call_module" or node.graph.owning_module is None:

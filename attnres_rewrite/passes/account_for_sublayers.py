@@ -16,6 +16,7 @@ from attnres_rewrite.errors import UnsupportedResidualError
 from attnres_rewrite.graph.extent import Extent
 from attnres_rewrite.graph.memory import overwritten_by, writers_of
 from attnres_rewrite.graph.nodes import (
+    bodies_of,
     data_inputs,
     indices,
     is_float_tensor,
@@ -224,19 +225,12 @@ def _hidden_adds(module: GraphModule, accounted: Container[Node]) -> Iterator[Le
     for node in module.graph.nodes:
         if not isinstance(node.target, _compat.HigherOrderOperator) or node in accounted:
             continue
-        for body in _bodies(module, node):
+        for body in bodies_of(node):
             index = indices(body.graph)
             for inner in body.graph.nodes:
                 if added_to(inner, index) is not None:
                     reason = f"it lies in the graph of a {op_name(node)}, which is not looked into"
                     yield Leftover(inner, module_path(node), reason)
-
-
-def _bodies(module: GraphModule, node: Node) -> Iterator[GraphModule]:
-    for source in node.all_input_nodes:
-        body = getattr(module, str(source.target), None) if source.op == "get_attr" else None
-        if isinstance(body, GraphModule):
-            yield body
 
 
 def _odd_layers(graph: Graph, extents: Sequence[Extent]) -> Iterator[Leftover]:
