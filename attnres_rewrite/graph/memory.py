@@ -30,7 +30,7 @@ def overwritten_by(node: Node) -> tuple[Node, ...]:
     """The nodes whose tensors ``node`` changes in place."""
     if schemas := _compat.schemas_of(node.target):
         # Where Python is to choose one of several, it writes into what any of them would.
-        written = (value for schema in schemas for argument, value in _arguments(node, schema) if _writes(argument))
+        written = (value for schema in schemas for argument, value in _arguments(node, schema) if is_written(argument))
         return tuple(dict.fromkeys(written))
     if _compat.is_triton_kernel(node.target):
         return _written_by_kernel(node)
@@ -114,7 +114,8 @@ def _arguments(node: Node, schema: Any) -> Iterator[tuple[Any, Node]]:
         yield from ((argument, value) for value in _nodes_in(given))
 
 
-def _writes(argument: Any) -> bool:
+def is_written(argument: Any) -> bool:
+    """Whether an operator writes into what it is given for this argument of its schema."""
     return argument.alias_info is not None and bool(argument.alias_info.is_write)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnres_rewrite import _compat
-from attnres_rewrite.graph.memory import aliases_of, in_place_argument, overwritten_by
+from attnres_rewrite.graph.memory import aliases_of, in_place_argument, is_written, overwritten_by
 from attnres_rewrite.graph.nodes import (
     FRESH,
     GraphBuilder,
@@ -128,15 +128,11 @@ def _set_overload(node: Node) -> bool:
     for overload in packet.overloads() if packet is not None else ():
         found = getattr(packet, overload)
         taken = _compat.schema_of(found).arguments
-        if [str(argument.type) for argument in taken] == wanted and not any(map(_writes, taken)):
+        if [str(argument.type) for argument in taken] == wanted and not any(map(is_written, taken)):
             node.target = found
             node.kwargs = {key: value for key, value in node.kwargs.items() if key not in outs}
             return True
     return False
-
-
-def _writes(argument: Any) -> bool:
-    return argument.alias_info is not None and bool(argument.alias_info.is_write)
 
 
 def _copy_module(module: GraphModule, node: Node) -> bool:
